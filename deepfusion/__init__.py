@@ -1,0 +1,1 @@
+"""DeepFusion: many private device models in, one global mixture of experts out."""

@@ -1,0 +1,1 @@
+"""Timing, rooflines and the runner that turns cases into rows."""

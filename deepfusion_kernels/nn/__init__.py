@@ -1,0 +1,1 @@
+"""Modules that hold options and parameters, and call the doors."""
