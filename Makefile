@@ -1,0 +1,69 @@
+# One word each: demo, test, gpu, lint, bench, sanitize, clean.
+PY ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA ?=
+OPS ?=
+PARTS ?= test,bench
+JOBS := $(shell nproc 2>/dev/null || echo 2)
+export OPENBLAS_NUM_THREADS := 1
+export HF_HUB_OFFLINE := 1
+export HF_DATASETS_DISABLE_PROGRESS_BARS := 1
+NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: demo test lint gpu bench sanitize ctest build clean
+
+demo: .stamps/demo .stamps/build
+	$(BIN)/deepfusion run examples/demo.toml $(if $(DATA),--set data.source=files --set data.path=$(DATA) --set run.output=runs/demo-files)
+
+test: .stamps/test .stamps/build lint ctest
+	$(BIN)/python -m pytest tests --durations=15
+	$(MAKE) sanitize
+
+lint: .stamps/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# Debug build with asserts of the parts that need no torch.
+ctest: .stamps/test
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/ctest -GNinja -DCMAKE_BUILD_TYPE=Debug -DDF_WITH_CUDA=OFF \
+	  -DDF_BUILD_TESTS=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python > build/ctest.log || { cat build/ctest.log; exit 1; }
+	$(BIN)/cmake --build build/ctest --target cpp_tests
+	$(BIN)/ctest --test-dir build/ctest --output-on-failure
+
+# AddressSanitizer and UndefinedBehaviorSanitizer over the CPU kernels, in a build folder of their own.
+sanitize: .stamps/test
+	PY=$(CURDIR)/$(BIN)/python sh csrc/tests/sanitize.sh
+
+# For a machine with an NVIDIA GPU: uses the interpreter and packages that are there, downloads nothing.
+gpu:
+	PY="$(PY)" OPS="$(OPS)" PARTS="$(PARTS)" sh benchmarks/gpu.sh
+
+bench: .stamps/test .stamps/build
+	$(BIN)/python benchmarks/run.py $(foreach op,$(OPS),--op $(op))
+
+build: .stamps/build
+
+.stamps/venv:
+	$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "DeepFusion needs Python >= 3.11, this is " + sys.version)'
+	test -x $(BIN)/python || $(PY) -m venv $(VENV)
+	mkdir -p .stamps build
+	touch $@
+
+.stamps/demo: .stamps/venv requirements/build.txt requirements/demo.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/demo.txt
+	touch $@
+
+.stamps/test: .stamps/demo requirements/test.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/test.txt
+	touch $@
+
+.stamps/build: .stamps/demo $(NATIVE)
+	PATH="$(CURDIR)/$(BIN):$$PATH" MAX_JOBS=$(JOBS) $(BIN)/pip install --quiet --disable-pip-version-check \
+	  --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf build .stamps deepfusion_kernels/*.so *.egg-info

@@ -1,4 +1,4 @@
-"""Builds the native part by CMakeLists.txt; everything else about the package stands in pyproject.toml.
+"""Builds the native part by CMakeLists.txt; all else about the package is in pyproject.toml.
 
 Without a C++ compiler the package is still whole: reference and Triton backends, in Python alone.
 """
@@ -19,7 +19,11 @@ ROOT = Path(__file__).parent.resolve()
 def find_compiler() -> str | None:
     """The C++ compiler CMake would take, or None."""
     named = os.environ.get("CXX")
-    return shutil.which(named) if named else next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    return (
+        shutil.which(named)
+        if named
+        else next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    )
 
 
 class CMakeBuild(build_ext):
@@ -27,7 +31,9 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         if find_compiler() is None:
-            print("deepfusion: no C++ compiler found: building without native kernels (reference and Triton only)")
+            print(
+                "deepfusion: no C++ compiler found: building pure Python (reference and Triton only)"
+            )
             return
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         target = Path(self.get_ext_fullpath("deepfusion_kernels._C")).parent.resolve()
@@ -48,7 +54,9 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=find_packages(include=["deepfusion", "deepfusion.*", "deepfusion_kernels", "deepfusion_kernels.*"]),
+    packages=find_packages(
+        include=["deepfusion", "deepfusion.*", "deepfusion_kernels", "deepfusion_kernels.*"]
+    ),
     cmdclass={"build_ext": CMakeBuild},
     ext_modules=[Extension("deepfusion_kernels._C", sources=[])],
 )

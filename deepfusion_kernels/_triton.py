@@ -19,7 +19,9 @@ except ImportError:
             return _Absent()
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return args[0] if args and callable(args[0]) and not isinstance(args[0], _Absent) else self
+            return (
+                args[0] if args and callable(args[0]) and not isinstance(args[0], _Absent) else self
+            )
 
     triton = _Absent()
     tl = _Absent()

@@ -4,7 +4,8 @@
     automatic, on the CPU  cpu, reference
     automatic, on CUDA     triton, cuda (where it has passed its GPU tests), reference
 
-The environment variable DEEPFUSION_BACKEND names a backend for every op that has it and is not asked otherwise.
+The environment variable DEEPFUSION_BACKEND names a backend for every op that has it and is not
+asked otherwise.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import _native
@@ -24,10 +26,12 @@ ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 PREFERRED = os.environ.get("DEEPFUSION_BACKEND") or None
 
 
-def declines(name: str, tensor: Tensor, impls: Mapping[str, ModuleType], **facts: Any) -> str | None:
+def declines(
+    name: str, tensor: Tensor, impls: Mapping[str, ModuleType], **facts: Any
+) -> str | None:
     """Why backend `name` cannot serve this call, or None.
 
-    An implementation adds its own reasons by a function `declines(name, tensor, **facts) -> str | None`.
+    An implementation adds its own reasons by `declines(name, tensor, **facts) -> str | None`.
     """
     if name not in impls:
         return f"no such backend of this op; it has {', '.join(impls)}"
@@ -53,15 +57,15 @@ def declines(name: str, tensor: Tensor, impls: Mapping[str, ModuleType], **facts
 
 
 def _unproven(name: str, tensor: Tensor, impl: ModuleType) -> str | None:
-    """CUDA C++ kernels are taken automatically only on architectures whose `make gpu` they have passed."""
+    """CUDA C++ kernels serve unasked only where they have passed `make gpu` on that architecture."""
     if name != "cuda":
         return None
-    import torch
-
     capability = torch.cuda.get_device_capability(tensor.device)
     if capability in getattr(impl, "PROVEN_ON", ()):
         return None
-    return f"not yet tested on compute capability {capability[0]}.{capability[1]}; ask for it by name"
+    return (
+        f"not yet tested on compute capability {capability[0]}.{capability[1]}; ask for it by name"
+    )
 
 
 def explain(tensor: Tensor, impls: Mapping[str, ModuleType], **facts: Any) -> dict[str, str | None]:
@@ -75,9 +79,9 @@ def explain(tensor: Tensor, impls: Mapping[str, ModuleType], **facts: Any) -> di
 
 
 def choose(asked: str | None, tensor: Tensor, impls: Mapping[str, ModuleType], **facts: Any) -> str:
-    """The backend that serves this call; `facts` are what the implementations' own `declines` look at.
+    """The backend that serves this call; `facts` are handed to the implementations' own `declines`.
 
-    Raises ValueError for a name that is no backend at all, NotImplementedError for one that cannot serve.
+    Raises ValueError for an unknown name, NotImplementedError for a backend that cannot serve.
     """
     if asked is None and PREFERRED in impls:
         asked = PREFERRED
@@ -89,7 +93,8 @@ def choose(asked: str | None, tensor: Tensor, impls: Mapping[str, ModuleType], *
             raise NotImplementedError(f"{asked}: {reason}; backend=None chooses one that can")
         return asked
     for name in ORDER.get(tensor.device.type, ()):
-        if name in impls and declines(name, tensor, impls, **facts) is None:
-            if _unproven(name, tensor, impls[name]) is None:
-                return name
+        if name not in impls or declines(name, tensor, impls, **facts) is not None:
+            continue
+        if _unproven(name, tensor, impls[name]) is None:
+            return name
     return "reference"

@@ -15,8 +15,9 @@ Make = Callable[[torch.device, torch.dtype, int], dict[str, Any]]
 class Case:
     """A call of one door.
 
-    make(device, dtype, seed) returns the door's keyword arguments; tensors that should get a gradient
-    have requires_grad set. bytes_moved(itemsize) and flops count forward plus backward at the floor.
+    make(device, dtype, seed) returns the door's keyword arguments; tensors that should get a
+    gradient have requires_grad set. bytes_moved(itemsize) and flops count forward plus backward at
+    the floor.
     quick: small enough for opcheck, the interpreter and gradcheck.
     """
 

@@ -40,7 +40,9 @@ def expect(
     got = list(tensor.shape)
     rank_fits = len(got) >= len(letters) if any_leading else len(got) == len(letters)
     tail = got[len(got) - len(letters) :] if rank_fits else []
-    fits = rank_fits and all(sizes.get(letter, size) == size for letter, size in zip(letters, tail, strict=True))
+    fits = rank_fits and all(
+        sizes.get(letter, size) == size for letter, size in zip(letters, tail, strict=True)
+    )
     if not fits:
         names = (["..."] if any_leading else []) + letters
         wanted = ", ".join(names)

@@ -1,4 +1,4 @@
-"""Fixtures of every test: backends, devices, the interpreter, and memory that is never luckily zero."""
+"""Fixtures of every test: backends, devices, the interpreter, memory that is never zero."""
 
 import os
 
@@ -21,7 +21,9 @@ if HAS_TRITON and INTERPRETED:
     import tests.triton_interpreter  # noqa: F401
 
 HAS_GPU = torch.cuda.is_available()
-REAL_TEXT = Path(os.environ.get("DEEPFUSION_REAL_TEXT", Path(__file__).parents[2] / "shared" / "data"))
+REAL_TEXT = Path(
+    os.environ.get("DEEPFUSION_REAL_TEXT", Path(__file__).parents[2] / "shared" / "data")
+)
 
 
 def why_not(backend: str) -> str | None:
@@ -36,7 +38,7 @@ def why_not(backend: str) -> str | None:
 
 
 def device_for(backend: str) -> torch.device:
-    """Where a backend's tensors live: Triton runs interpreted on CPU tensors where there is no GPU."""
+    """Where a backend's tensors live: without a GPU Triton runs interpreted on the CPU."""
     return torch.device("cuda" if HAS_GPU and backend in ("cuda", "triton") else "cpu")
 
 
