@@ -13,7 +13,7 @@ except ImportError:
     # built without a C++ compiler: reference and Triton remain
     pass
 else:
-    torch.ops.load_library(str(Path(__file__).with_name("_ops.so")))
+    torch.ops.load_library(str(Path(__file__).with_name("_ops.so")))  # type: ignore[no-untyped-call]
     BUILD = dict(_C.build_info())
 
 HAS_CPU = bool(BUILD)

@@ -1,0 +1,67 @@
+"""Importing registers ops and does nothing else; without a compiler or Triton the package is still whole."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(code: str, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"PATH": "", **env},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_leaves_no_trace() -> None:
+    """No thread setting, no logging handler, no transformers, no distributed initialisation."""
+    code = """
+import json, logging, sys, torch
+before = torch.get_num_threads(), len(logging.getLogger().handlers), torch.get_default_dtype()
+import deepfusion_kernels
+after = torch.get_num_threads(), len(logging.getLogger().handlers), torch.get_default_dtype()
+heavy = [name for name in ("transformers", "datasets", "sklearn", "matplotlib") if name in sys.modules]
+print(json.dumps([before == after, heavy, torch.cuda.is_initialized()]))
+"""
+    assert json.loads(run(code)) == [True, [], False]
+
+
+@pytest.mark.parametrize("missing", ["triton", "deepfusion_kernels._C"])
+def test_whole_without(missing: str) -> None:
+    """Blocked from importing Triton or the native library, every op still runs, by the reference."""
+    code = f"""
+import sys
+sys.modules[{missing!r}] = None
+import torch
+from deepfusion_kernels.catalog import CATALOG
+for op in CATALOG.values():
+    case = next(case for case in op.cases if case.quick)
+    arguments = case.make(torch.device("cpu"), torch.float32, 0)
+    result = op.doors[case.door](**arguments)
+    assert result is not None, op.stem
+    print(op.stem)
+"""
+    from deepfusion_kernels.catalog import STEMS
+
+    assert run(code).split() == list(STEMS)
+
+
+def test_main_names_every_op_and_backend() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "deepfusion_kernels"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    from deepfusion_kernels.catalog import CATALOG
+
+    for op in CATALOG.values():
+        assert op.stem in done.stdout
+    assert done.stdout.count("taken") >= len(CATALOG)
