@@ -31,9 +31,7 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         if find_compiler() is None:
-            print(
-                "deepfusion: no C++ compiler found: building pure Python (reference and Triton only)"
-            )
+            print("deepfusion: no C++ compiler found: pure Python (reference and Triton)")
             return
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         target = Path(self.get_ext_fullpath("deepfusion_kernels._C")).parent.resolve()

@@ -1,4 +1,4 @@
-"""`python -m deepfusion_kernels`: what was built; for every op, who serves it here and why.
+"""`python -m deepfusion_kernels`: what was built; for every op, who serves it here and why."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def build_lines() -> list[str]:
     if not _native.HAS_CPU:
         return [*lines, "native      not built: no C++ compiler was found at installation"]
     build = _native.BUILD
-    archs = build["cuda_archs"] or "not built: no nvcc was found"
+    here, archs = build["cpu_level_here"], build["cuda_archs"] or "not built: no nvcc was found"
     lines += [
-        f"native cpu  {build['cpu_levels']} (here: {build['cpu_level_here']}), g++ {build['compiler']}",
+        f"native cpu  {build['cpu_levels']} (here: {here}), g++ {build['compiler']}",
         f"native cuda {archs}",
     ]
     return lines

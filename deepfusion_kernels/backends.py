@@ -57,7 +57,7 @@ def declines(
 
 
 def _unproven(name: str, tensor: Tensor, impl: ModuleType) -> str | None:
-    """CUDA C++ kernels serve unasked only where they have passed `make gpu` on that architecture."""
+    """CUDA C++ kernels serve unasked only where they have passed `make gpu`."""
     if name != "cuda":
         return None
     capability = torch.cuda.get_device_capability(tensor.device)
