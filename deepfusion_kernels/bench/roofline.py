@@ -1,4 +1,4 @@
-"""What this device reaches: bytes per second of a large copy, operations per second of a large product.
+"""What this device reaches: bytes per second of a large copy, flops of a large matrix product.
 
 Shares of peak are shares of these measured ceilings, never of a data sheet.
 """
