@@ -30,16 +30,16 @@ case ",$PARTS," in *,test,*)
     files="tests/ops tests/nn tests/test_patching.py"
   fi
   # shellcheck disable=SC2086
-  "$PY" -m pytest -q $files 2>&1 | tee -a "$log" | tail -40
-  grep -q " failed\| error" "$log" && status=1
+  { "$PY" -m pytest -q $files 2>&1; echo $? > build/gpu.code; } | tee -a "$log" | tail -40
+  [ "$(cat build/gpu.code)" = 0 ] || status=1
 esac
 
 case ",$PARTS," in *,bench,*)
   arguments=""
   for op in $OPS; do arguments="$arguments --op $op"; done
   # shellcheck disable=SC2086
-  "$PY" benchmarks/run.py --dtype bfloat16 $arguments 2>&1 | tee -a "$log" | tail -60
-  grep -q "FAILED" "$log" && status=1
+  { "$PY" benchmarks/run.py --dtype bfloat16 $arguments 2>&1; echo $? > build/gpu.code; } | tee -a "$log" | tail -60
+  [ "$(cat build/gpu.code)" = 0 ] || status=1
 esac
 [ $status = 0 ] && echo "make gpu: all green" || echo "make gpu: FAILURES, see $log"
 exit $status

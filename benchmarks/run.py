@@ -1,6 +1,6 @@
-"""`python benchmarks/run.py --op STEM`: published figures, ours and peers side by side in one process.
+"""`python benchmarks/run.py --op STEM`: published figures, ours and peers in one process.
 
-Writes benchmarks/results/<device>/<stem>.json and prints a table. Options: --case, --dtype, --repeats.
+Writes benchmarks/results/<device>/<stem>.json and prints a table.
 """
 
 import argparse
@@ -64,18 +64,18 @@ def environment(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-def table(rows: list[Row]) -> str:
-    """Rows as Markdown, the ratio of every baseline to our automatic choice beside its time."""
-    lines = [
-        "| op | case | dtype | variant | median ms | p20-p80 | extra MiB | share of roof |",
-        "|---|---|---|---|---:|---|---:|---:|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row.op} | {row.case} | {row.dtype} | {row.variant} | {row.median_ms:.2f} "
-            f"| {row.p20_ms:.2f}-{row.p80_ms:.2f} | {row.extra_mib:.1f} | {row.share_of_roof:.0%} |"
-        )
-    return "\n".join(lines)
+HEADER = (
+    "| op | case | dtype | variant | median ms | p20-p80 | extra MiB | share of roof |\n"
+    "|---|---|---|---|---:|---|---:|---:|"
+)
+
+
+def line(row: Row) -> str:
+    """One row as Markdown."""
+    return (
+        f"| {row.op} | {row.case} | {row.dtype} | {row.variant} | {row.median_ms:.2f} "
+        f"| {row.p20_ms:.2f}-{row.p80_ms:.2f} | {row.extra_mib:.1f} | {row.share_of_roof:.0%} |"
+    )
 
 
 def run_stem(stem: str, device: torch.device, options: argparse.Namespace) -> list[Row]:
@@ -96,7 +96,7 @@ def run_stem(stem: str, device: torch.device, options: argparse.Namespace) -> li
                 skip=() if options.reference else ("reference",),
             )
             rows += found
-            print(table(found)[table(found).index("\n|--") :].split("\n", 2)[2], flush=True)
+            print("\n".join(map(line, found)), flush=True)
     return rows
 
 
@@ -112,6 +112,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = environment(device)
     failed = False
+    print(HEADER)
     for stem in options.op or list(CATALOG):
         try:
             rows = run_stem(stem, device, options)
