@@ -1,4 +1,4 @@
-"""The report's plots, as SVG text: loss curves by term, perplexity by domain, expert load, bytes on the wire."""
+"""The report's plots as SVG text: losses by term, perplexity by domain, expert load, bytes sent."""
 
 from __future__ import annotations
 

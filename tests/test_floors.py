@@ -24,7 +24,7 @@ KERNEL_FLOORS = (
     ("bench", "__main__"),
 )
 DRIVER_FLOORS = (
-    ("config", "config_load", "files", "seeding", "metrics", "messages", "plots"),
+    ("config", "config_tables", "config_rules", "files", "seeding", "metrics", "messages", "plots"),
     ("models", "data", "wire", "checkpoints", "ledger"),
     ("training",),
     ("device", "server", "report"),
