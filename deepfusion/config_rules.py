@@ -1,0 +1,106 @@
+"""Rules between keys of a configuration: what is right by itself may be wrong together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import Config
+
+# Attention of the target must be the base's (method.md, 6); a path is judged when it is read.
+BASES_THAT_CANNOT = {
+    "qwen2_moe": ("gpt2", "deepseek_v3"),
+    "deepseek_v3": ("gpt2", "llama", "qwen2"),
+}
+
+
+def contradictions(config: Config) -> Iterator[str]:
+    """One sentence for each rule that the configuration breaks."""
+    yield from _devices(config)
+    yield from _text(config)
+    yield from _distillation(config)
+    yield from _mixture(config)
+
+
+def _devices(config: Config) -> Iterator[str]:
+    devices, clusters = config.federation.num_devices, config.cluster.num_clusters
+    architectures = len(set(config.devices.architectures))
+    if config.federation.min_devices > devices:
+        yield (
+            "federation.min_devices must be at most federation.num_devices = "
+            f"{devices}, got {config.federation.min_devices}"
+        )
+    if architectures > devices:
+        yield (
+            "federation.num_devices must be at least the number of devices.architectures = "
+            f"{architectures}, got {devices}"
+        )
+    if clusters > devices:
+        yield (
+            f"cluster.num_clusters must be at most federation.num_devices = {devices}, "
+            f"got {clusters}: a cluster needs a device"
+        )
+    if clusters < architectures:
+        yield (
+            "cluster.num_clusters must be at least the number of devices.architectures = "
+            f"{architectures}, got {clusters}: only models of one architecture can be averaged"
+        )
+
+
+def _text(config: Config) -> Iterator[str]:
+    text = config.data
+    if len(set(text.domains)) < len(text.domains):
+        yield f"data.domains must be different names, got {list(text.domains)}"
+    if text.source != "made" and not text.path:
+        yield f"data.path must be set for data.source = {text.source!r}, got ''"
+    if text.source == "files" and text.path and not Path(text.path).is_dir():
+        yield f"data.path must be a folder, got {text.path!r}"
+    if text.tokenizer and not Path(text.tokenizer).exists():
+        yield f"data.tokenizer must be a path that exists, got {text.tokenizer!r}"
+    if text.public == "general":
+        if text.general_domain not in text.domains:
+            yield (
+                f"data.general_domain must be one of data.domains = {list(text.domains)}, "
+                f"got {text.general_domain!r}"
+            )
+        elif len(text.domains) == 1:
+            yield "data.domains must name a private domain too if data.public = 'general'"
+
+
+def _distillation(config: Config) -> Iterator[str]:
+    distill, length = config.distill, config.data.context_length
+    if distill.patch_size > length:
+        yield (
+            f"distill.patch_size must be at most data.context_length = {length}, "
+            f"got {distill.patch_size}"
+        )
+    if distill.vaa_dim % distill.vaa_heads:
+        yield (
+            f"distill.vaa_dim must be a multiple of distill.vaa_heads = {distill.vaa_heads}, "
+            f"got {distill.vaa_dim}"
+        )
+
+
+def _mixture(config: Config) -> Iterator[str]:
+    merge, clusters = config.merge, config.cluster.num_clusters
+    if merge.top_k > clusters:
+        yield f"merge.top_k must be at most cluster.num_clusters = {clusters}, got {merge.top_k}"
+    blind_router = merge.top_k == 1 and merge.segments == 1 and merge.renormalize
+    supervised = config.tune.balance_loss_weight > 0 or config.tune.router_supervision > 0
+    if blind_router and clusters > 1 and not supervised:
+        yield (
+            "tune.balance_loss_weight must be > 0 with merge.top_k = 1 and merge.renormalize = "
+            "true, got 0.0: a lone renormalised weight is always 1 and teaches the router nothing"
+        )
+    if merge.target == "deepseek_v3" and clusters * merge.segments < 2:
+        yield (
+            "cluster.num_clusters * merge.segments must be >= 2 for merge.target = 'deepseek_v3', "
+            f"got {clusters * merge.segments}"
+        )
+    if config.base.model in BASES_THAT_CANNOT[merge.target]:
+        yield (
+            f"base.model must have the attention of merge.target = {merge.target!r}, "
+            f"got {config.base.model!r}"
+        )

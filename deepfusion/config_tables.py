@@ -1,0 +1,219 @@
+"""Every key of a run: its type, default, limits and meaning, one dataclass a table of the TOML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+OPTIMIZERS = ("muon", "adamw")
+
+
+def key(default: Any, meaning: str, **limits: Any) -> Any:
+    """One key; limits: `least`, `most` (inclusive), `above`, `below` (exclusive), `options`.
+
+    `some` asks for a list or text that is not empty.
+    """
+    return field(default=default, metadata={"meaning": meaning, **limits})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run as a whole."""
+
+    seed: int = key(7, "every random choice is drawn from it", least=0)
+    output: str = key("runs/demo", "folder of all results; the same file resumes it", some=True)
+    device: str = key("cpu", "where tensors live: cpu, cuda, cuda:1", some=True)
+    kernels: str = key("auto", "fused kernels, or plain torch", options=("auto", "reference"))
+    recipe: str = key(
+        "recommended",
+        "presets for keys that are not set below",
+        options=("paper", "recommended", "direct"),
+    )
+    threads: int = key(0, "CPU threads; 0: all cores", least=0)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text, and who holds it."""
+
+    source: str = key(
+        "made", "text we make, files, or a hub name", options=("made", "files", "hub")
+    )
+    path: str = key("", "files: folder with <domain>/{train,validation,test}.jsonl; hub: its name")
+    domains: tuple[str, ...] = key(("medical", "finance", "general"), "names of domains", some=True)
+    text_column: str = key("text", "column that holds the text", some=True)
+    context_length: int = key(128, "tokens of one sequence", least=8)
+    vocab_size: int = key(2048, "size of the tokenizer trained on public text", least=260)
+    tokenizer: str = key("", "path of a tokenizer; empty: train one on public text")
+    public: str = key(
+        "in-domain",
+        "the server's text: a share of every domain, or one domain",
+        options=("in-domain", "general"),
+    )
+    public_share: float = key(0.2, "share of each domain's documents", above=0.0, below=1.0)
+    general_domain: str = key("general", "the domain that is public if public = 'general'")
+    partition: str = key(
+        "skewed", "how devices differ: by topic, or not", options=("skewed", "random")
+    )
+    dirichlet: float = key(0.3, "skew of topics over devices; small: strong", above=0.0)
+    max_train_documents: int = key(0, "documents of one domain; 0: all", least=0)
+    made_entities: int = key(160, "conditions and companies in the made world", least=8)
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """Devices as a group."""
+
+    num_devices: int = key(8, "devices", least=1)
+    min_devices: int = key(6, "good uploads without which the run fails", least=1)
+    deadline_seconds: int = key(3600, "after which nobody is waited for", least=1)
+    workers: int = key(1, "devices trained at a time, one process each", least=1)
+    rounds: int = key(1, "uploads of one device; the one-shot protocol knows one", options=(1,))
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What every stage that trains has."""
+
+    steps: int = key(100, "optimiser steps", least=0)
+    batch_size: int = key(8, "sequences of one step", least=1)
+    lr: float = key(1e-3, "largest learning rate; cosine to 0", above=0.0)
+    optimizer: str = key("adamw", "muon: matrices by Muon, rest by AdamW", options=OPTIMIZERS)
+    weight_decay: float = key(0.0, "decoupled weight decay of matrices", least=0.0)
+    warmup_share: float = key(0.03, "share of the steps with a rising rate", least=0.0, below=1.0)
+    clip: float = key(1.0, "largest norm of the gradient", above=0.0)
+    checkpoint_steps: int = key(50, "steps between resumable states; 0: none", least=0)
+
+
+@dataclass(frozen=True)
+class DevicesConfig(TrainingConfig):
+    """Training on each device."""
+
+    architectures: tuple[str, ...] = key(
+        ("gpt2", "llama", "qwen2"), "by turns: names, or paths of a config.json", some=True
+    )
+    init_steps: int = key(100, "public-text steps of each architecture's common start", least=0)
+    optimizer: str = key("muon", "muon: matrices by Muon, rest by AdamW", options=OPTIMIZERS)
+
+
+@dataclass(frozen=True)
+class UploadConfig:
+    """Bytes from device to server."""
+
+    codec: str = key("delta-int8", "how weights are packed", options=("delta-int8", "xor", "bf16"))
+    shard_mib: int = key(256, "largest file of an upload", least=1, most=256)
+    max_update_norm: float = key(
+        0.0, "largest |m_n - base| of a tensor; 0: 10 x the median", least=0.0
+    )
+    max_mib: int = key(2048, "largest upload", least=1)
+
+
+@dataclass(frozen=True)
+class EmbeddingConfig:
+    """What a device says about the kind of its text."""
+
+    encoder: str = key("hashed", "'hashed', or the path of a sentence encoder", some=True)
+    dimensions: int = key(64, "length of the embedding, one byte each", least=2)
+    idf: str = key("none", "word weights, fitted on public text", options=("none", "public"))
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Phase I: like knowledge together."""
+
+    num_clusters: int = key(4, "clusters = domains = full-width experts", least=1)
+    center: bool = key(True, "subtract the mean embedding; false: the paper's raw cosine")
+    weights: str = key("uniform", "weights of a cluster's mean", options=("uniform", "tokens"))
+    restarts: int = key(10, "starts of k-means; the best one counts", least=1)
+
+
+@dataclass(frozen=True)
+class BaseConfig(TrainingConfig):
+    """The dense base model."""
+
+    model: str = key("qwen2", "a name, or the path of a checkpoint", some=True)
+    steps: int = key(300, "public-text steps from scratch; 0: as it is", least=0)
+    optimizer: str = key("muon", "muon: matrices by Muon, rest by AdamW", options=OPTIMIZERS)
+
+
+@dataclass(frozen=True)
+class DistillConfig(TrainingConfig):
+    """Phase II: proxy to base, K times: L_CE + alpha L_FM + beta L_KL."""
+
+    alpha: float = key(0.05, "weight of the features' loss", least=0.0)
+    beta: float = key(1.0, "weight of the KL loss", least=0.0)
+    temperature: float = key(1.0, "of both distributions; the loss is times its square", above=0.0)
+    num_stages: int = key(4, "stages whose features are compared", least=1)
+    patch_size: int = key(8, "tokens of one patch", least=1)
+    patchify: str = key("conv", "how a patch becomes one vector", options=("conv", "pool"))
+    causal: bool = key(False, "patches see earlier patches only")
+    target_norm: bool = key(False, "layer-normalise the teacher's features")
+    vaa_dim: int = key(128, "width of the view-aligned attention", least=1)
+    vaa_heads: int = key(4, "heads of the view-aligned attention", least=1)
+    vaa_warmup_steps: int = key(25, "steps that train the attention alone, first", least=0)
+    sampling: str = key(
+        "affinity", "which public text a cluster sees", options=("uniform", "affinity")
+    )
+    tokenizer_bridge: str = key("shared", "teacher's ids are the student's", options=("shared",))
+    feature_loss: str = key(
+        "vaa", "attention over views, a linear map, or no L_FM", options=("vaa", "linear", "none")
+    )
+    optimizer: str = key("muon", "muon: matrices by Muon, rest by AdamW", options=OPTIMIZERS)
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Phase III: students to one mixture of experts."""
+
+    target: str = key("qwen2_moe", "kind of model", options=("qwen2_moe", "deepseek_v3"))
+    top_k: int = key(2, "domains a token goes to", least=1)
+    segments: int = key(1, "experts that one feed-forward block is split into", least=1)
+    shared: str = key("none", "shared expert", options=("none", "mean"))
+    shared_scale: float = key(
+        0.25, "its weight; the routed part has the rest", above=0.0, below=1.0
+    )
+    router_init: str = key("centroids", "rows of the router", options=("normal", "centroids"))
+    renormalize: bool = key(True, "weights of a token's experts add up to 1")
+
+
+@dataclass(frozen=True)
+class TuneConfig(TrainingConfig):
+    """Phase III: train what the experts share."""
+
+    train: str = key("shared", "all but the experts, or all", options=("shared", "all"))
+    balance_loss_weight: float = key(0.0, "pull towards equal loads", least=0.0)
+    teacher_weight: float = key(1.0, "KL to the best-matching proxy; 0: the paper", least=0.0)
+    teacher_threshold: float = key(
+        0.3, "affinity from which on a proxy teaches", least=-1.0, most=1.0
+    )
+    balance_text: bool = key(True, "public text evenly over domains")
+    router_supervision: float = key(0.0, "cross entropy of the router to the domain", least=0.0)
+    optimizer: str = key("muon", "muon: matrices by Muon, rest by AdamW", options=OPTIMIZERS)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Figures of the report."""
+
+    batch_size: int = key(16, "sequences at a time", least=1)
+    max_tokens: int = key(0, "of one domain and split; 0: all", least=0)
+
+
+@dataclass(frozen=True)
+class ControlsConfig:
+    """Models that the mixture must beat, or cannot."""
+
+    dense: bool = key(True, "one dense base on the same stream with the same KL")
+    centralised: bool = key(True, "the same mixture on all text of the devices")
+
+
+# Keys that a recipe sets where the file does not (method.md, 13); "recommended" is the defaults.
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {
+        "distill": {"alpha": 1.0, "sampling": "uniform", "vaa_warmup_steps": 0},
+        "merge": {"router_init": "normal"},
+        "tune": {"teacher_weight": 0.0, "balance_text": False},
+    },
+    "recommended": {},
+    "direct": {"tune": {"train": "all", "router_supervision": 0.1}},
+}

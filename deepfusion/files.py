@@ -1,0 +1,161 @@
+"""Files that are whole or absent, and one sentence where the disk is full.
+
+Everything is written under a temporary name, forced to the disk, and renamed. A process killed
+while writing leaves a name ending in `.partial`, which nobody reads and the next writer removes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+PARTIAL = ".partial"
+CHUNK_BYTES = 1 << 20  # hashing is bound by SHA-256, not by the size of a read (unmeasured)
+OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class DiskFull(OSError):
+    """The file system took no more bytes; the half-written file has been removed."""
+
+
+@contextmanager
+def _one_sentence(path: Path) -> Iterator[None]:
+    """Turns every spelling of 'no space left' into one error that names the file and the fix."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors hands the system's number on inside its text only
+        number = getattr(error, "errno", None)
+        found = re.search(r"os error (\d+)", str(error)) if number is None else None
+        number = int(found.group(1)) if found else number
+        if number not in OUT_OF_SPACE:
+            raise
+        raise DiskFull(
+            f"{path}: no space left on the disk while writing; nothing half-written is kept; "
+            "free some space or set run.output to another disk, then run again"
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder; nothing happens where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a path beside `path` that takes its place at the end, or of which nothing is left.
+
+    The body may write a file or make a folder there. Raises DiskFull.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + PARTIAL)
+    remove(partial)
+    try:
+        with _one_sentence(path):
+            yield partial
+            for written in sorted(partial.rglob("*")) if partial.is_dir() else ():
+                _sync(written)
+            _sync(partial)
+            if path.is_dir():
+                # NOTE: no folder is replaced in one step; killed here, it is absent and made again.
+                remove(path)
+            partial.replace(path)
+            _sync(path.parent)
+    except BaseException:
+        remove(partial)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    with whole(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_json(path: Path, facts: Any) -> None:
+    """Write facts as JSON with sorted keys, whole or not at all."""
+    write_text(path, json.dumps(facts, indent=1, sort_keys=True) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
+    """Write one safetensors file, whole or not at all; tensors must not share storage."""
+    with whole(path) as partial:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, partial, dict(facts)
+        )
+
+
+def append_line(path: Path, line: str, *, sync: bool = False) -> None:
+    """Append one line in one write: a killed process leaves at most one unfinished last line."""
+    assert "\n" not in line, "a line holds no line break"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _one_sentence(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            before = os.fstat(descriptor).st_size
+            payload = (line + "\n").encode()
+            try:
+                written = os.write(descriptor, payload)
+                if written != len(payload):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                os.ftruncate(descriptor, before)
+                raise
+            if sync:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The finished lines of a file; a torn last one is no line, a missing file has none."""
+    if not path.exists():
+        return []
+    finished, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    return finished.split("\n") if finished else []
+
+
+def drop_unfinished_line(path: Path) -> None:
+    """Cut off what a killed process left behind the last line break."""
+    if path.exists():
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file as hexadecimal digits, read piece by piece."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(CHUNK_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
