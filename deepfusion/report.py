@@ -77,7 +77,7 @@ def _scores(evaluation: Mapping[str, Any]) -> list[Section]:
         if name in BARS
     }
     text = (
-        f"Perplexity by domain on {evaluation['split']} text, {evaluation['tokens']:,} tokens in all; "
+        f"Perplexity by domain on {evaluation['split']} text, {evaluation['tokens']:,} tokens; "
         "token accuracy in the order of the domains. Lower perplexity is better."
     )
     return [Section("Perplexity", text, rows, plots.perplexity_bars(bars))]
