@@ -1,4 +1,5 @@
-// Build facts for `python -m deepfusion_kernels`; no torch header, since pybind11 here and inside torch may differ.
+// Build facts for `python -m deepfusion_kernels`; no torch header, since pybind11 here and inside
+// torch may differ.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -8,7 +9,8 @@ namespace {
 std::string cpu_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                  __builtin_cpu_supports("f16c");
   const bool v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                   __builtin_cpu_supports("avx512cd");

@@ -4,12 +4,24 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <initializer_list>
+#include <string>
+
 namespace deepfusion {
 
 using torch::stable::Tensor;
 
-inline void check_shape(const Tensor& tensor, const char* op, const char* argument, const char* letters,
-                        std::initializer_list<int64_t> wanted) {
+inline std::string shape_text(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
+    text += (axis ? ", " : "") + std::to_string(tensor.size(axis));
+  }
+  return text + "]";
+}
+
+// `letters` is the shape as the documents write it, e.g. "[T, V]"; a wanted extent below 0 is free.
+inline void check_shape(const Tensor& tensor, const char* op, const char* argument,
+                        const char* letters, std::initializer_list<int64_t> wanted) {
   bool same = tensor.dim() == static_cast<int64_t>(wanted.size());
   int64_t axis = 0;
   for (int64_t extent : wanted) {
@@ -17,13 +29,14 @@ inline void check_shape(const Tensor& tensor, const char* op, const char* argume
     same = extent < 0 || tensor.size(axis) == extent;
     ++axis;
   }
-  STD_TORCH_CHECK(same, op, ": ", argument, " must be ", letters, ", got another shape");
+  STD_TORCH_CHECK(same, op, ": ", argument, " must be ", letters, ", got ", shape_text(tensor));
 }
 
 inline void check_dense_rows(const Tensor& tensor, const char* op, const char* argument) {
   const int64_t last = tensor.dim() - 1;
-  STD_TORCH_CHECK(last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1, op, ": ", argument,
-                  " must have last stride 1, got ", last < 0 ? 0 : tensor.stride(last));
+  const bool dense = last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1;
+  STD_TORCH_CHECK(dense, op, ": ", argument, " must have last stride 1, got ",
+                  last < 0 ? 0 : tensor.stride(last));
 }
 
 }  // namespace deepfusion

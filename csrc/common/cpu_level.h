@@ -1,7 +1,9 @@
-// One source, compiled once per instruction-set level; the best level this processor can run registers itself.
+// One source, compiled once per instruction-set level; the best level this processor can run
+// registers itself.
 //
-// All CPU code stands in an anonymous namespace or in `deepfusion::inline DF_LEVEL`, so that the copies of one
-// function made for different levels have different names and never replace each other at link time.
+// All CPU code stands in an anonymous namespace or in `deepfusion::inline DF_LEVEL`, so that the
+// copies of one function made for different levels have different names and never replace each
+// other at link time.
 #pragma once
 
 #ifndef DF_LEVEL
@@ -22,7 +24,8 @@ inline bool runs_avx512() {
 
 inline bool runs_avx2() {
 #if defined(__x86_64__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
 #else
   return false;
 #endif
@@ -41,10 +44,11 @@ inline bool level_is_best() {
 }  // namespace deepfusion::inline DF_LEVEL
 
 // STABLE_TORCH_LIBRARY_IMPL whose body runs only in the copy made for this processor:
-//   DF_REGISTER_CPU(m) { m.impl("kl_distillation_forward", TORCH_BOX(&kl_distillation_forward_cpu)); }
-#define DF_REGISTER_CPU(m)                                      \
-  static void register_cpu(torch::stable::detail::StableLibrary& m);  \
-  STABLE_TORCH_LIBRARY_IMPL(deepfusion_native, CPU, library) {  \
-    if (deepfusion::level_is_best()) register_cpu(library);     \
-  }                                                             \
+//   DF_REGISTER_CPU(m) { m.impl("kl_distillation_forward",
+//   TORCH_BOX(&kl_distillation_forward_cpu)); }
+#define DF_REGISTER_CPU(m)                                           \
+  static void register_cpu(torch::stable::detail::StableLibrary& m); \
+  STABLE_TORCH_LIBRARY_IMPL(deepfusion_native, CPU, library) {       \
+    if (deepfusion::level_is_best()) register_cpu(library);          \
+  }                                                                  \
   static void register_cpu([[maybe_unused]] torch::stable::detail::StableLibrary& m)

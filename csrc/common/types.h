@@ -28,7 +28,7 @@ using wide_t = typename Wide<T>::type;
 }  // namespace deepfusion
 
 // DF_DISPATCH_FLOAT(dtype, "op", [&] { ... scalar_t ... });
-#define DF_DISPATCH_FLOAT(dtype, op, ...)                                                                         \
-  THO_DISPATCH_V2(dtype, op, AT_WRAP(__VA_ARGS__), torch::headeronly::ScalarType::Float,                          \
-                  torch::headeronly::ScalarType::Double, torch::headeronly::ScalarType::BFloat16,                 \
+#define DF_DISPATCH_FLOAT(dtype, op, ...)                                                         \
+  THO_DISPATCH_V2(dtype, op, AT_WRAP(__VA_ARGS__), torch::headeronly::ScalarType::Float,          \
+                  torch::headeronly::ScalarType::Double, torch::headeronly::ScalarType::BFloat16, \
                   torch::headeronly::ScalarType::Half)
