@@ -1,0 +1,1 @@
+"""From text to tokens, from documents to devices, from tokens to batches."""

@@ -1,0 +1,1 @@
+"""On-device language models and global MoEs by name."""

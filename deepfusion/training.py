@@ -1,0 +1,187 @@
+"""One training loop for devices, base, students and MoE.
+
+lr(i) = lr * min(1, (i + 1) / warm-up) * (1 + cos(pi i / steps)) / 2
+Muon:   momentum -> nearest orthogonal matrix (Newton-Schulz) -> scaled to AdamW's usual size
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import AdamW, Optimizer
+
+from .checkpoints import StepCheckpoint
+from .config_tables import TrainingConfig
+from .metrics import Recorder, progress
+from .models import build
+from .seeding import seed_for
+
+# Keller Jordan's quintic: five rounds bring singular values into 0.7..1.2
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+_ROUNDS = 5
+# Moonlight (arXiv 2502.16982): root mean square of an update as AdamW's, so that one lr serves both
+_ADAMW_RMS = 0.2
+
+
+class Muon(Optimizer):
+    """torch.optim.Muon's update on stacks of equal matrices: twice as fast on many small ones.
+
+    Parameters [.., A, B]: a 3-D one is a stack of expert matrices, each orthogonalised by itself.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        assert closure is None, "Muon takes no closure"
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                # Nesterov: look one step ahead
+                ahead = torch.lerp(parameter.grad, state["momentum"], group["momentum"])
+                by_shape.setdefault(parameter.shape, []).append((parameter, ahead))
+            for shape, pairs in by_shape.items():
+                updates = orthogonalise(torch.stack([ahead for _, ahead in pairs]))
+                scale = _ADAMW_RMS * math.sqrt(max(shape[-2:]))
+                for (parameter, _), update in zip(pairs, updates, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(update, alpha=-group["lr"] * scale)
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Nearest (roughly) orthogonal matrices [.., A, B] float32; computed in bfloat16."""
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    X: Tensor = (matrices.mT if tall else matrices).bfloat16()
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    a, b, c = _QUINTIC
+    for _ in range(_ROUNDS):
+        gram = X @ X.mT
+        X = a * X + (b * gram + c * (gram @ gram)) @ X
+    return (X.mT if tall else X).to(matrices.dtype)
+
+
+def matrices_of(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(matrices inside the decoder layers, all the rest) of a model's trained parameters.
+
+    Embeddings, heads, norms, biases and routers are the rest: their rows are not one linear map.
+    """
+    routers = {
+        id(parameter)
+        for layer in build.layers(model)
+        for name, parameter in layer.named_parameters()
+        if name.endswith("gate.weight")
+    }
+    inside = {id(p) for p in build.layers(model).parameters() if p.ndim >= 2} - routers
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return (
+        [parameter for parameter in trained if id(parameter) in inside],
+        [parameter for parameter in trained if id(parameter) not in inside],
+    )
+
+
+def make_optimizer(
+    name: str,
+    matrices: Sequence[nn.Parameter],
+    rest: Sequence[nn.Parameter],
+    lr: float,
+    weight_decay: float = 0.0,
+) -> list[Optimizer]:
+    """name "muon": Muon on matrices, AdamW on the rest, one lr; "adamw": AdamW on all.
+
+    Weight decay reaches matrices only.
+    """
+    if name not in ("muon", "adamw"):
+        raise ValueError(f"make_optimizer: optimizer must be 'muon' or 'adamw', got {name!r}")
+    optimizers: list[Optimizer] = []
+    if matrices:
+        optimizers.append(
+            Muon(matrices, lr, weight_decay=weight_decay)
+            if name == "muon"
+            else AdamW(matrices, lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+        )
+    if rest:
+        optimizers.append(AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=0.0))
+    return optimizers
+
+
+def lr_at(step: int, steps: int, lr: float, warmup_share: float = 0.03) -> float:
+    """Learning rate of a step: linear warm-up, then half a cosine down to zero at `steps`."""
+    warmup = max(1, round(warmup_share * steps))
+    return lr * min(1.0, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+LossOf = Callable[[Tensor, int], Mapping[str, Tensor]]
+
+
+def train_steps(
+    modules: Mapping[str, nn.Module],
+    optimizers: Sequence[Optimizer],
+    batches: Callable[[int], Iterable[Tensor]],
+    loss_of: LossOf,
+    schedule: TrainingConfig,
+    *,
+    stage: str,
+    seed: int,
+    recorder: Recorder,
+    checkpoint: StepCheckpoint | None = None,
+) -> None:
+    """Trains modules in place; killed and called again, it ends in the same bits.
+
+    batches(start) gives the batches from a step on. loss_of(batch, step) returns named terms, of
+    which "loss" is minimised; all are recorded. Raises FloatingPointError where the loss is not
+    finite.
+    """
+    start = checkpoint.restore(modules, optimizers) if checkpoint else 0
+    recorder.restart(stage, start)
+    parameters = [p for one in optimizers for group in one.param_groups for p in group["params"]]
+    for module in modules.values():
+        module.train()
+    left = zip(range(start, schedule.steps), batches(start), strict=False)
+    for step, batch in progress(left, stage, total=schedule.steps - start):
+        # dropout draws from the global generator: each step has a seed of its own
+        torch.manual_seed(seed_for(seed, stage, "step", step))
+        terms = loss_of(batch, step)
+        _backward(terms["loss"], stage, step)
+        nn.utils.clip_grad_norm_(parameters, schedule.clip)
+        lr = lr_at(step, schedule.steps, schedule.lr, schedule.warmup_share)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        recorder.record(stage, step, lr=lr, **{name: float(term.detach()) for name, term in terms.items()})
+        if checkpoint is not None and checkpoint.due(step + 1) and step + 1 < schedule.steps:
+            checkpoint.save(step + 1, modules, optimizers)
+    for module in modules.values():
+        module.eval()
+
+
+def _backward(loss: Tensor, stage: str, step: int) -> None:
+    if not torch.isfinite(loss):
+        raise FloatingPointError(
+            f"{stage}: loss must be finite, got {float(loss.detach())} at step {step}; lower its lr"
+        )
+    torch.autograd.backward(loss)
+
+
+def cross_entropy(model: nn.Module, ids: Tensor, kernels: str = "auto") -> Tensor:
+    """Mean over all next tokens of -ln P(x_t | x_<t); ids [B, L] int64 -> scalar float32."""
+    hidden = build.backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
+    logits = F.linear(hidden[:, :-1], build.head_weight(model))
+    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
