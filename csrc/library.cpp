@@ -11,6 +11,12 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
   // moe_routing
 
   // moe_dispatch
+  m.def("moe_plan(Tensor experts, int num_experts) -> (Tensor, Tensor, Tensor)");
+  m.def("moe_dispatch_forward(Tensor hidden, Tensor order, int top_k) -> Tensor");
+  m.def("moe_combine_forward(Tensor rows, Tensor slots, Tensor? weights) -> Tensor");
+  m.def(
+      "moe_combine_backward(Tensor dout, Tensor rows, Tensor order, Tensor weights, "
+      "bool needs_drows, bool needs_dweights) -> (Tensor, Tensor)");
 
   // moe_experts
 

@@ -7,6 +7,10 @@ from . import _native as _native  # isort: skip
 # topk_kl
 # moe_routing
 # moe_dispatch
+from .ops.moe_dispatch.op import moe_combine as moe_combine
+from .ops.moe_dispatch.op import moe_dispatch as moe_dispatch
+from .ops.moe_dispatch.op import moe_plan as moe_plan
+from .ops.shared.moe_plan import DispatchPlan as DispatchPlan
 # moe_experts
 # view_aligned_attention
 # fused_linear_mse
