@@ -25,8 +25,14 @@ inline double to_wide(double x) {
 inline float to_wide(BFloat16 x) {
   return std::bit_cast<float>(static_cast<uint32_t>(x.x) << 16);
 }
+// In integers, since gcc 12 turns no loop of half conversions into vector code.
 inline float to_wide(Half x) {
-  return static_cast<float>(x);
+  const uint32_t sign = static_cast<uint32_t>(x.x & 0x8000u) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(x.x & 0x7FFFu) << 13;
+  const uint32_t tiny =
+      std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude + (113u << 23)) - 0x1p-14f);
+  const uint32_t rebased = magnitude + ((magnitude < (0x7C00u << 13) ? 112u : 224u) << 23);
+  return std::bit_cast<float>(sign | (magnitude < (0x0400u << 13) ? tiny : rebased));
 }
 
 template <typename T>
@@ -44,6 +50,19 @@ inline BFloat16 from_wide<BFloat16>(float x) {
   const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   BFloat16 result;
   result.x = static_cast<uint16_t>(x == x ? rounded : 0x7FC0u);
+  return result;
+}
+// Round to nearest even: 65520 and above is infinity; below 2^-14 the unit is 2^-24 throughout.
+template <>
+inline Half from_wide<Half>(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x), magnitude = bits & 0x7FFFFFFFu;
+  const uint32_t normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t tiny =
+      std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3F000000u;
+  const uint32_t huge = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
+  const uint32_t finite = magnitude < (113u << 23) ? tiny : normal;
+  Half result;
+  result.x = static_cast<uint16_t>((magnitude < (143u << 23) ? finite : huge) | (bits >> 31 << 15));
   return result;
 }
 

@@ -212,6 +212,18 @@ def test_non_contiguous_inputs(backend, device) -> None:
     torch.testing.assert_close(drows[:, 0], weights.flatten()[plan.order.long()])
 
 
+def test_every_half_survives_and_rounding_is_to_nearest_even(backend, device) -> None:
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=device).view(torch.float16)
+    weights = torch.randn(2**16, device=device) * 2.0 ** torch.randint(-20, 6, (2**16,)).to(device)
+    weights[:100] = 1.0 + torch.arange(100, device=device) * 2.0**-11
+    plan = moe_plan(torch.zeros(2**16, 1, dtype=torch.int64, device=device), 1)
+    for w in (torch.ones_like(weights), weights):
+        ours = moe_combine(halves[:, None], plan, w[:, None], backend=backend)[:, 0]
+        wanted = (halves.float() * w).half()
+        assert torch.equal(ours.nan_to_num(7.0), wanted.nan_to_num(7.0))
+        assert torch.equal(ours.isnan(), wanted.isnan())
+
+
 def test_same_bits_ten_times(backend, device) -> None:
     T, D, E, K = 200, 96, 5, 4
     plan = moe_plan(draw("uniform", T, K, E).to(device), E, backend=backend)
