@@ -16,6 +16,7 @@ from .documents import Corpus as Corpus
 from .documents import CorpusError as CorpusError
 from .documents import Document as Document
 from .documents import split_by_source, unit_hash
+from .made import Fact, make_world
 from .reading import read_folder, read_hub
 
 END_OF_TEXT = "<|endoftext|>"
@@ -28,8 +29,6 @@ def load(config: DataConfig, seed: int) -> dict[str, Corpus]:
     Raises CorpusError naming file and line, domain, or data set.
     """
     if config.source == "made":
-        from .made import make_world
-
         world = make_world(seed, config.made_entities)
         unknown = sorted(set(config.domains) - set(world.corpora))
         if unknown:
@@ -50,6 +49,14 @@ def load(config: DataConfig, seed: int) -> dict[str, Corpus]:
             for name, one in corpora.items()
         }
     return corpora
+
+
+def facts(config: DataConfig, seed: int) -> list[Fact]:
+    """The facts of the run's world; none where the text is real."""
+    if config.source != "made":
+        return []
+    world = make_world(seed, config.made_entities)
+    return [fact for fact in world.facts if fact.domain in config.domains]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from ..seeding import seed_for
 
+# text that is public whatever the configuration says
+PUBLIC_PREFIX = "public:"
+
 
 class CorpusError(ValueError):
     """A data file or data set that cannot be read; the message names it."""
