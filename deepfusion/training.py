@@ -165,7 +165,9 @@ def train_steps(
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        recorder.record(stage, step, lr=lr, **{name: float(term.detach()) for name, term in terms.items()})
+        recorder.record(
+            stage, step, lr=lr, **{name: float(term.detach()) for name, term in terms.items()}
+        )
         if checkpoint is not None and checkpoint.due(step + 1) and step + 1 < schedule.steps:
             checkpoint.save(step + 1, modules, optimizers)
     for module in modules.values():
