@@ -3,6 +3,15 @@
 
 STABLE_TORCH_LIBRARY(deepfusion_native, m) {
   // kl_distillation
+  m.def(
+      "kl_distillation_forward(Tensor student, Tensor? teacher, Tensor? labels, Tensor? keep, "
+      "int divergence, float beta, float temperature, float kd_scale, float ce_weight) "
+      "-> (Tensor loss, Tensor stats)");
+  m.def(
+      "kl_distillation_backward(Tensor dloss, Tensor student, Tensor? teacher, Tensor? labels, "
+      "Tensor? keep, Tensor stats, int divergence, float beta, float temperature, float kd_scale, "
+      "float ce_weight, bool needs_dstudent, bool needs_dteacher) "
+      "-> (Tensor dstudent, Tensor dteacher)");
 
   // fused_linear_kl
 

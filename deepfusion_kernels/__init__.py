@@ -2,7 +2,10 @@
 
 # the library loads before the ops that call it
 from . import _native as _native  # isort: skip
+
 # kl_distillation
+from .ops.kl_distillation.op import kl_distillation as kl_distillation
+
 # fused_linear_kl
 # topk_kl
 # moe_routing

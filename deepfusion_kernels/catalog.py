@@ -13,6 +13,7 @@ from .cases import Case
 STEMS: tuple[str, ...] = (
     # one a line, in the order of docs/floors.md
     "moe_dispatch",
+    "kl_distillation",
 )
 
 
