@@ -53,9 +53,9 @@ def kl_distillation(
 
     student_logits [..., V_s], teacher_logits [..., V_t]: bfloat16, float16, float32 (float64: cpu
     and reference), last stride 1 or one copy is made. labels [...] int64 or int32 mark masked rows
-    and name CE's targets; row_weight [...] >= 0. Returns float32 (float64 for float64): a scalar, or
-    [...] for reduction='none'. A teacher that requires a gradient gets it; kd_weight = 0 never reads
-    the teacher. Formulas, gradients and every edge: docs/ops/kl_distillation.md.
+    and name CE's targets; row_weight [...] >= 0. Returns float32 (float64 for float64): a scalar,
+    or [...] for reduction='none'. A teacher that requires a gradient gets it; kd_weight = 0 never
+    reads the teacher. Formulas, gradients and every edge: docs/ops/kl_distillation.md.
 
     Raises ValueError for shapes, dtypes, devices, options and, on the CPU, labels out of range;
     NotImplementedError where the backend asked for cannot serve.

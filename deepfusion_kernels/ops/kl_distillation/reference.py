@@ -1,9 +1,12 @@
 """The meaning of kl_distillation in plain torch, forward and backward by formula: the law.
 
-d student: forward_kl c (q - p)                   reverse_kl c q (ln q - ln p - KD)   jsd c (1 - beta) q (v - K_s)
-d teacher: forward_kl c p (ln p - ln q - KD)      reverse_kl c (p - q)                jsd c beta p (-w - K_t)
-CE       : dloss ce_weight (softmax(s) - onehot)  c = dloss kd_weight kappa / tau
-w = ln(m / p), v = ln(q / m), K_s = KL(q | m), K_t = KL(p | m); arithmetic in float32, or float64 for float64
+    d student: forward_kl c (q - p)
+               reverse_kl c q (ln q - ln p - KD)    jsd c (1 - beta) q (ln(q / m) - KL(q | m))
+    d teacher: forward_kl c p (ln p - ln q - KD)    jsd c beta p (ln(p / m) - KL(p | m))
+               reverse_kl c (p - q)                 c = dloss kd_weight kappa / tau
+    CE       : dloss ce_weight (softmax(s) - onehot)
+
+Arithmetic in float32, or float64 where a side is float64.
 """
 
 from __future__ import annotations
@@ -20,14 +23,13 @@ SAVED = 0
 
 
 def _log_softmax(logits_TV: Tensor, temperature: float) -> Tensor:
-    """-inf where the raw logit is missing; NaN in a row that is missing whole or holds NaN or +inf."""
-    return torch.log_softmax(
-        logits_TV.masked_fill(logits_TV <= MISSING, -math.inf) / temperature, -1
-    )
+    """-inf where a logit is missing; NaN in a row missing whole, or with NaN or +inf in it."""
+    present = logits_TV.masked_fill(logits_TV <= MISSING, -math.inf)
+    return torch.log_softmax(present / temperature, -1)
 
 
 def _log_ratio(ln_a: Tensor, ln_b: Tensor) -> Tensor:
-    """ln a - ln b where a > 0, and 0 where a = 0: what multiplies a in KL(a | b) and its gradient."""
+    """ln a - ln b, or 0 where a = 0: what multiplies a in KL(a | b) and in its gradient."""
     return torch.where(ln_a == -math.inf, 0.0, ln_a - ln_b)
 
 
@@ -66,7 +68,7 @@ def forward(
     keep: Tensor | None,
     options: KLOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Row losses. student [A, B, V_s], teacher [A, B, V_t], labels, keep [T], T = A B -> loss [T]."""
+    """student [A, B, V_s], teacher [A, B, V_t], labels, keep [T], T = A B -> row loss [T]."""
     wide = wide_dtype(student, teacher)
     T, V_s = student.shape[0] * student.shape[1], student.shape[2]
     loss_T = student.new_zeros(T, dtype=wide)
@@ -115,7 +117,7 @@ def backward(
     needs_dstudent: bool,
     needs_dteacher: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dloss [T] -> d student [A, B, V_s], d teacher [A, B, V_t] in their dtypes; [0] where not wanted."""
+    """dloss [T] -> d student, d teacher in their shapes and dtypes; [0] where not wanted."""
     wide = wide_dtype(student, teacher)
     like = student if teacher is None else teacher
     dstudent = torch.zeros(

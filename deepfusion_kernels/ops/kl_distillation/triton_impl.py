@@ -79,13 +79,13 @@ def _kl_forward_kernel(
     student, teacher, labels_ptr, keep_ptr, loss_ptr, stats_ptr, columns, scalars,
     DIVERGENCE: tl.constexpr, OWN_SUM: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Loss and statistics; columns = (V_s, V shared), scalars = (beta, 1 / tau, kd_scale, ce_weight)."""
+    """columns = (V_s, V shared), scalars = (beta, 1 / tau, kd_scale, ce_weight)."""
     t = tl.program_id(0).to(tl.int64)
     V_s, V_kd = columns
     beta, inv_tau, kd_scale, ce_weight = scalars
     at = stats_ptr + t * 8
-    if keep_ptr is not None:
-        # a masked row is never read
+    # a masked row is never read; two conditions, since None is known when compiling
+    if keep_ptr is not None:  # noqa: SIM102
         if tl.load(keep_ptr + t) == 0:
             tl.store(loss_ptr + t, 0.0)
             tl.store(at + tl.arange(0, 8), tl.zeros([8], tl.float32))
@@ -147,7 +147,7 @@ def _kl_backward_kernel(
     dloss_ptr, student, teacher, labels_ptr, keep_ptr, stats_ptr, dstudent_ptr, dteacher_ptr,
     columns, scalars, DIVERGENCE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Wanted gradients; columns = (V_s, V_t, V shared), scalars = (beta, 1 / tau, kd_scale / tau, ce_weight)."""
+    """columns = (V_s, V_t, V shared), scalars = (beta, 1 / tau, kd_scale / tau, ce_weight)."""
     t = tl.program_id(0).to(tl.int64)
     V_s, V_t, V_kd = columns
     beta, inv_tau, kd_scale, ce_weight = scalars
@@ -192,7 +192,7 @@ def _side(logits: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 def _block(V: int) -> int:
-    return min(BLOCK_V, max(16, triton.next_power_of_2(V)))
+    return int(min(BLOCK_V, max(16, triton.next_power_of_2(V))))
 
 
 def forward(

@@ -41,10 +41,10 @@ def add_exp_sum(m, l, x, k):
 
 @triton.jit
 def add_kl(state, s, t, inv_tau, DIVERGENCE: tl.constexpr):
-    """One more block into (m_s, l_s, m_t, l_t, weighted gap, columns where only one side is missing).
+    """One more block into (m_s, l_s, m_t, l_t, weighted gap, columns that make it infinite).
 
-    forward_kl weighs gap = (t - m_t) / tau - (s - m_s) / tau by the teacher and minds columns missing
-    in the student alone; reverse_kl the other way round. jsd needs the sums only.
+    forward_kl weighs gap = (t - m_t) / tau - (s - m_s) / tau by the teacher and minds columns
+    missing in the student alone; reverse_kl the other way round. jsd needs the sums only.
     """
     m_s, l_s, m_t, l_t, weighted, infinite = state
     k = inv_tau * LOG2E
@@ -102,7 +102,7 @@ def expm1_nonpositive(x):
 
 @triton.jit
 def log1p_nonpositive(y):
-    """ln(1 + y) for -1 < y <= 0: 2 artanh(y / (2 + y)) near 0, where the logarithm's error is absolute."""
+    """ln(1 + y), -1 < y <= 0: near 0 by 2 artanh(y / (2 + y)), as the logarithm errs absolutely."""
     z = y / (2.0 + y)
     w = z * z
     p = 1 / 9 + w * (1 / 11 + w * (1 / 13 + w * (1 / 15)))

@@ -124,7 +124,7 @@ def check_rows(
 
 
 def refuse_bad_labels(op: str, labels_T: Tensor | None, keep_T: Tensor | None, V: int) -> None:
-    """Raise ValueError for an unmasked label outside [0, V) on the CPU; elsewhere its row is NaN."""
+    """Raise ValueError for an unmasked label outside [0, V) on the CPU; on CUDA its row is NaN."""
     if labels_T is None or labels_T.device.type != "cpu":
         return
     bad = (labels_T < 0) | (labels_T >= V)
