@@ -1,0 +1,1 @@
+"""The server's stages: cluster, distill, merge, tune, direct, controls, evaluate."""

@@ -1,0 +1,160 @@
+"""Phase I: devices of like knowledge, and one proxy model for each group.
+
+e_n' = l2(e_n - mean e)         (center; the raw e_n where that is zero)
+C_1..C_K = spherical k-means of the e_n' inside every architecture
+p_i = sum_{n in C_i} w_n m_n    w_n = 1/|C_i|, or tokens_n / sum tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import seeding
+from ..config_tables import ClusterConfig
+from ..messages import DeviceUpdate
+from .kmeans import spherical_kmeans, unit
+from .proxy import mean_state
+
+LoadState = Callable[[DeviceUpdate], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """One domain: its devices, their centre [r] in the space where they were clustered, the mean
+    model.
+
+    `origin` [r] is what was subtracted from every raw embedding before clustering (zero without
+    centring).
+    """
+
+    index: int
+    architecture: str
+    members: tuple[str, ...]
+    centre: Tensor
+    origin: Tensor
+    proxy: dict[str, Tensor]
+
+
+def cluster(
+    updates: Sequence[DeviceUpdate], load_state: LoadState, config: ClusterConfig, seed: int
+) -> list[Cluster]:
+    """Groups uploads inside each architecture and averages every group; ordered by smallest device
+    id.
+
+    load_state gives an upload's tensors; it is called once per device, one device at a time.
+    Raises ValueError unless A <= num_clusters <= N for A architectures and N uploads.
+    """
+    devices = sorted(updates, key=lambda update: update.device)
+    names = [update.device for update in devices]
+    if len(set(names)) != len(names):
+        raise ValueError(f"cluster: every device may send one update, got {names}")
+    points, origin = clustering_space(devices, config.center)
+    rows: dict[str, list[int]] = {}
+    for row, update in enumerate(devices):
+        rows.setdefault(update.architecture, []).append(row)
+    shares = share_out({name: len(group) for name, group in rows.items()}, config.num_clusters)
+
+    groups: list[tuple[list[int], Tensor]] = []
+    for name in sorted(rows):
+        generator = seeding.generator(seed, "cluster", name)
+        cells, centres, _ = spherical_kmeans(
+            points[rows[name]], shares[name], config.restarts, generator
+        )
+        for cell in range(shares[name]):
+            inside = [
+                row for row, owner in zip(rows[name], cells.tolist(), strict=True) if owner == cell
+            ]
+            groups.append((inside, centres[cell]))
+    groups.sort(key=lambda group: names[group[0][0]])
+    return [
+        Cluster(
+            index=index,
+            architecture=devices[inside[0]].architecture,
+            members=tuple(names[row] for row in inside),
+            centre=centre.float(),
+            origin=origin.float(),
+            proxy=mean_state([devices[row] for row in inside], load_state, config.weights),
+        )
+        for index, (inside, centre) in enumerate(groups)
+    ]
+
+
+def clustering_space(devices: Sequence[DeviceUpdate], center: bool) -> tuple[Tensor, Tensor]:
+    """Unit points [N, r] in float64 and the origin [r] that was subtracted."""
+    raw = unit(torch.stack([update.embedding for update in devices]).double())
+    origin = raw.mean(dim=0) if center else torch.zeros_like(raw[0])
+    moved = raw - origin
+    # NOTE: a lone device, or equal ones, move to zero, where no direction is left; they keep the
+    # raw one
+    kept = torch.where(moved.norm(dim=1, keepdim=True) > 1e-9, moved, raw)
+    return unit(kept), origin
+
+
+def share_out(sizes: Mapping[str, int], num_clusters: int) -> dict[str, int]:
+    """Clusters of each architecture: at least 1, at most its devices, else by largest remainder.
+
+    Raises ValueError unless A <= num_clusters <= N; ties go by architecture name.
+    """
+    total = sum(sizes.values())
+    if not len(sizes) <= num_clusters <= total:
+        raise ValueError(
+            f"cluster: num_clusters must reach from the number of architectures to that of good "
+            f"uploads, {len(sizes)} <= num_clusters <= {total}, got {num_clusters}"
+        )
+    quotas = {name: num_clusters * count / total for name, count in sizes.items()}
+    shares = {name: min(max(1, int(quotas[name])), count) for name, count in sizes.items()}
+    while sum(shares.values()) < num_clusters:
+        open_names = [name for name in sorted(sizes) if shares[name] < sizes[name]]
+        shares[max(open_names, key=lambda name: quotas[name] - shares[name])] += 1
+    while sum(shares.values()) > num_clusters:
+        # the floor of 1 can hand out too many; the largest excess over its quota gives back
+        large = [name for name in sorted(sizes) if shares[name] > 1]
+        shares[max(large, key=lambda name: shares[name] - quotas[name])] -= 1
+    return shares
+
+
+def clustering_facts(
+    clusters: Sequence[Cluster],
+    updates: Sequence[DeviceUpdate],
+    labels: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """What clusters.json holds: members, objective, silhouette, and the adjusted Rand index to
+    `labels`.
+
+    The silhouette (cosine distance) is taken inside each architecture, as the clusters are; None
+    where no architecture has it defined: one cluster, or one per device.
+    """
+    from sklearn.metrics import adjusted_rand_score
+
+    devices = sorted(updates, key=lambda update: update.device)
+    cell_of = {name: found.index for found in clusters for name in found.members}
+    points, _ = clustering_space(devices, bool(clusters[0].origin.any()))
+    cells = [cell_of[update.device] for update in devices]
+    centres = torch.stack([found.centre for found in clusters]).double()
+    truth = [labels[update.device] for update in devices] if labels is not None else None
+    return {
+        "clusters": [
+            {"index": c.index, "architecture": c.architecture, "members": list(c.members)}
+            for c in clusters
+        ],
+        "objective": float((points * centres[cells]).sum()),
+        "silhouette": _silhouette(points, cells, [update.architecture for update in devices]),
+        "adjusted_rand_index": float(adjusted_rand_score(truth, cells)) if truth else None,
+    }
+
+
+def _silhouette(points: Tensor, cells: Sequence[int], kinds: Sequence[str]) -> float | None:
+    from sklearn.metrics import silhouette_samples
+
+    values: list[float] = []
+    for kind in sorted(set(kinds)):
+        inside = [row for row, own in enumerate(kinds) if own == kind]
+        labels = [cells[row] for row in inside]
+        if 1 < len(set(labels)) < len(labels):
+            values += silhouette_samples(points[inside].numpy(), labels, metric="cosine").tolist()
+    return sum(values) / len(values) if values else None
