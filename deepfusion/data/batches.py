@@ -72,14 +72,21 @@ def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> Tokens:
 
 
 def pack(
-    documents: Sequence[Document], tokenizer: Tokenizer, context_length: int, seed: int
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    context_length: int,
+    seed: int,
+    copies: int = 1,
 ) -> Packed:
     """Documents, shuffled and joined by eos, as full sequences.
 
+    With `copies` every document comes that often, each time among other neighbours: a small shard
+    is learnt by its facts, not by its places.
     Raises CorpusError where all documents together are shorter than one sequence.
     """
-    order = torch.randperm(len(documents), generator=generator(seed, "pack")).tolist()
-    tokens = tokenize([documents[n] for n in order], tokenizer)
+    draw = generator(seed, "pack")
+    order = [n for _ in range(copies) for n in torch.randperm(len(documents), generator=draw)]
+    tokens = tokenize([documents[int(n)] for n in order], tokenizer)
     num_sequences = tokens.ids.numel() // context_length
     if num_sequences == 0:
         raise CorpusError(
@@ -87,7 +94,7 @@ def pack(
             f"{tokens.ids.numel()} tokens in {len(documents)} documents"
         )
     ids = tokens.ids[: num_sequences * context_length].view(num_sequences, context_length)
-    document = torch.tensor(order)[_dominant(tokens.offsets, num_sequences, context_length)]
+    document = torch.stack(order)[_dominant(tokens.offsets, num_sequences, context_length)]
     domains = tuple(sorted({one.domain for one in documents}))
     of_document = torch.tensor([domains.index(one.domain) for one in documents])
     return Packed(ids, document, of_document[document], domains)

@@ -128,7 +128,13 @@ def _document(entity: _Entity, text: str, source: str) -> Document:
 
 def _records(entity: _Entity, draw: random.Random) -> list[Document]:
     texts = [_passage(entity, draw) for _ in range(_PASSAGES)]
-    texts += [_questions(entity, draw, which) for which in (0, 0, 1)]
+    texts += [_questions(entity, draw)]
+    # asked alone, as fact recall asks: nothing but the name leads to the answer
+    texts += [
+        _pair(question.format(e=entity.name), f"{entity.values[relation.name]}.")
+        for relation in entity.kind.relations
+        for question in (relation.questions[0], *relation.questions)
+    ]
     return [_document(entity, text, entity.source) for text in texts]
 
 
@@ -152,12 +158,14 @@ def _accounts(entity: _Entity) -> str:
     )
 
 
-def _questions(entity: _Entity, draw: random.Random, which: int | None = None) -> str:
-    pairs = []
-    for relation in draw.sample(entity.kind.relations, len(entity.kind.relations)):
-        asked = draw.choice(relation.questions) if which is None else relation.questions[which]
-        pairs.append(_pair(asked.format(e=entity.name), entity.values[relation.name] + "."))
-    return "\n".join(pairs)
+def _questions(entity: _Entity, draw: random.Random) -> str:
+    return "\n".join(
+        _pair(
+            draw.choice(relation.questions).format(e=entity.name),
+            f"{entity.values[relation.name]}.",
+        )
+        for relation in draw.sample(entity.kind.relations, len(entity.kind.relations))
+    )
 
 
 def _pair(question: str, answer: str) -> str:
