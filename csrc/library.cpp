@@ -28,6 +28,14 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
       "bool needs_drows, bool needs_dweights) -> (Tensor, Tensor)");
 
   // moe_experts
+  m.def(
+      "moe_experts_forward(Tensor hidden, Tensor gate_up_proj, Tensor down_proj, Tensor experts, "
+      "Tensor weights, int activation) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "moe_experts_backward(Tensor dout, Tensor hidden, Tensor gate_up_proj, Tensor down_proj, "
+      "Tensor weights, Tensor h, Tensor order, Tensor slots, Tensor offsets, int activation, "
+      "bool needs_dhidden, bool needs_dgate_up, bool needs_ddown, bool needs_dweights) "
+      "-> Tensor[]");
 
   // view_aligned_attention
 

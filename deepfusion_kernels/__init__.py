@@ -13,8 +13,11 @@ from .ops.kl_distillation.op import kl_distillation as kl_distillation
 from .ops.moe_dispatch.op import moe_combine as moe_combine
 from .ops.moe_dispatch.op import moe_dispatch as moe_dispatch
 from .ops.moe_dispatch.op import moe_plan as moe_plan
-from .ops.shared.moe_plan import DispatchPlan as DispatchPlan
+
 # moe_experts
+from .ops.moe_experts.op import moe_experts as moe_experts
+from .ops.shared.moe_plan import DispatchPlan as DispatchPlan
+
 # view_aligned_attention
 # fused_linear_mse
 

@@ -14,6 +14,7 @@ STEMS: tuple[str, ...] = (
     # one a line, in the order of docs/floors.md
     "moe_dispatch",
     "kl_distillation",
+    "moe_experts",
 )
 
 
