@@ -30,54 +30,89 @@ struct Extent {
   W max, min;
 };
 
-// Copies a block with missing values made finite.
 template <typename W>
-inline Extent<W> clean_block(const W* from, int64_t count, W* to) {
+inline Extent<W> extent(const W* x, int64_t count) {
   W max = W(kMissing), min = W(0);
 #pragma omp simd reduction(max : max) reduction(min : min)
   for (int64_t v = 0; v < count; ++v) {
-    const W x = clean(from[v]);
-    to[v] = x;
-    max = x > max ? x : max;
-    min = x < min ? x : min;
+    max = x[v] > max ? x[v] : max;
+    min = x[v] < min ? x[v] : min;
   }
   return {max, min};
 }
 
+// One side's block, its maximum, and whether some of it is missing; missing values are made finite
+// in `buffer`.
 template <typename W>
-inline ExpSum<double> exp_sum(const W* x, int64_t count, W m, W inv_tau) {
-  W l = W(0);
-#pragma omp simd reduction(+ : l)
-  for (int64_t v = 0; v < count; ++v) l += exp_nonpositive((x[v] - m) * inv_tau);
-  return {m, l};
+struct Block {
+  const W* x;
+  W max;
+  bool has_missing;
+};
+
+template <typename W, typename Side>
+inline Block<W> load_block(const Side& side, int64_t begin, int64_t count, W* buffer) {
+  const W* x = side(begin, count, buffer);
+  const Extent<W> of_x = extent(x, count);
+  if (of_x.min > W(kMissing)) return {x, of_x.max, false};
+  for (int64_t v = 0; v < count; ++v) buffer[v] = clean(x[v]);
+  return {buffer, of_x.max, true};
 }
 
 template <typename W>
-inline KLState<double> kl_block(const W* s, const W* t, int64_t count, Extent<W> of_s,
-                                Extent<W> of_t, W inv_tau) {
-  const W m_s = of_s.max, m_t = of_t.max;
-  W l_s = W(0), l_t = W(0), a = W(0), r = W(0);
-#pragma omp simd reduction(+ : l_s, l_t, a, r)
+inline W log2_scale(W inv_tau) {
+  return inv_tau * W(1.44269504088896340736);
+}
+
+template <typename W>
+inline ExpSum<double> exp_sum(const Block<W>& block, int64_t count, W inv_tau) {
+  const W* x = block.x;
+  const W m = block.max, k = log2_scale(inv_tau);
+  W l = W(0);
+#pragma omp simd reduction(+ : l)
+  for (int64_t v = 0; v < count; ++v) l += exp2_scaled(x[v] - m, k);
+  return {m, l};
+}
+
+// Sums of one block; of a and r only what the divergence reads.
+template <Divergence kDivergence, typename W>
+inline KLState<double> kl_sums(const Block<W>& of_s, const Block<W>& of_t, int64_t count,
+                               W inv_tau) {
+  const W *s = of_s.x, *t = of_t.x;
+  const W m_s = of_s.max, m_t = of_t.max, k = log2_scale(inv_tau);
+  W l_s = W(0), l_t = W(0), weighted = W(0);
+#pragma omp simd reduction(+ : l_s, l_t, weighted)
   for (int64_t v = 0; v < count; ++v) {
-    const W x = (s[v] - m_s) * inv_tau, y = (t[v] - m_t) * inv_tau;
-    const W e_x = exp_nonpositive(x), e_y = exp_nonpositive(y);
+    const W x = s[v] - m_s, y = t[v] - m_t;
+    const W e_x = exp2_scaled(x, k), e_y = exp2_scaled(y, k);
     l_s += e_x;
     l_t += e_y;
-    a += e_y * (y - x);
-    r += e_x * (x - y);
+    if (kDivergence == Divergence::kForwardKL) weighted += e_y * (y - x);
+    if (kDivergence == Divergence::kReverseKL) weighted += e_x * (x - y);
   }
   KLState<double> state;
   state.s = {m_s, l_s};
   state.t = {m_t, l_t};
-  state.a = a;
-  state.r = r;
-  if (of_s.min <= W(kMissing) || of_t.min <= W(kMissing)) {
-    for (int64_t v = 0; v < count; ++v) {
-      state.teacher_alone |= s[v] <= W(kMissing) && t[v] > W(kMissing);
-      state.student_alone |= t[v] <= W(kMissing) && s[v] > W(kMissing);
-    }
+  if (kDivergence == Divergence::kForwardKL) state.a = double(weighted) * inv_tau;
+  if (kDivergence == Divergence::kReverseKL) state.r = double(weighted) * inv_tau;
+  for (int64_t v = 0; (of_s.has_missing || of_t.has_missing) && v < count; ++v) {
+    state.teacher_alone |= s[v] <= W(kMissing) && t[v] > W(kMissing);
+    state.student_alone |= t[v] <= W(kMissing) && s[v] > W(kMissing);
   }
   return state;
+}
+
+template <typename W>
+inline KLState<double> kl_sums(const Block<W>& of_s, const Block<W>& of_t, int64_t count,
+                               const RowOptions<W>& options) {
+  switch (options.divergence) {
+    case Divergence::kForwardKL:
+      return kl_sums<Divergence::kForwardKL>(of_s, of_t, count, options.inv_tau);
+    case Divergence::kReverseKL:
+      return kl_sums<Divergence::kReverseKL>(of_s, of_t, count, options.inv_tau);
+    default:
+      return kl_sums<Divergence::kJSD>(of_s, of_t, count, options.inv_tau);
+  }
 }
 
 struct JsdSums {
@@ -120,7 +155,7 @@ struct RowResult {
 template <typename W, typename Student, typename Teacher>
 inline RowResult<W> row_statistics(const Student& student, const Teacher& teacher,
                                    const RowOptions<W>& options) {
-  alignas(64) W s_buffer[kBlock], t_buffer[kBlock], widened[kBlock];
+  alignas(64) W s_buffer[kBlock], t_buffer[kBlock];
   const bool own_sum = options.with_ce && (options.inv_tau != W(1) || !options.with_kd ||
                                            options.all_columns > options.kd_columns);
   const int64_t kd_columns = options.with_kd ? options.kd_columns : 0;
@@ -129,15 +164,14 @@ inline RowResult<W> row_statistics(const Student& student, const Teacher& teache
   ExpSum<double> at_one;
   for (int64_t begin = 0; begin < kd_columns; begin += kBlock) {
     const int64_t count = std::min(kBlock, kd_columns - begin);
-    const Extent<W> of_s = clean_block(student(begin, count, widened), count, s_buffer);
-    const Extent<W> of_t = clean_block(teacher(begin, count, widened), count, t_buffer);
-    state = merge(state, kl_block(s_buffer, t_buffer, count, of_s, of_t, options.inv_tau), inv_tau);
-    if (own_sum) at_one = merge(at_one, exp_sum(s_buffer, count, of_s.max, W(1)), 1.0);
+    const Block<W> s = load_block(student, begin, count, s_buffer);
+    const Block<W> t = load_block(teacher, begin, count, t_buffer);
+    state = merge(state, kl_sums(s, t, count, options), inv_tau);
+    if (own_sum) at_one = merge(at_one, exp_sum(s, count, W(1)), 1.0);
   }
   for (int64_t begin = kd_columns; own_sum && begin < options.all_columns; begin += kBlock) {
     const int64_t count = std::min(kBlock, options.all_columns - begin);
-    const Extent<W> of_s = clean_block(student(begin, count, widened), count, s_buffer);
-    at_one = merge(at_one, exp_sum(s_buffer, count, of_s.max, W(1)), 1.0);
+    at_one = merge(at_one, exp_sum(load_block(student, begin, count, s_buffer), count, W(1)), 1.0);
   }
   RowResult<W> result;
   RowStats<W>& stats = result.stats;
@@ -164,7 +198,21 @@ struct RowScales {
   int64_t label = -1;  // column of the one-hot; -1: none
 };
 
-// d KD of one block; out_s, out_t may be null where that gradient is not wanted.
+// d forward_kl / d student: q and p straight from their exponentials, no logarithm and no missing
+// value in the way.
+template <typename W>
+inline void forward_kl_gradient_block(const W* s, const W* t, int64_t count,
+                                      const RowStats<W>& stats, W inv_tau, W scale, W* out) {
+  const W m_s = stats.m_s, m_t = stats.m_t, k = log2_scale(inv_tau);
+  const W of_q = W(scale * std::exp(-double(stats.ln_l_s))),
+          of_p = W(scale * std::exp(-double(stats.ln_l_t)));
+#pragma omp simd
+  for (int64_t v = 0; v < count; ++v) {
+    out[v] = exp2_scaled(s[v] - m_s, k) * of_q - exp2_scaled(t[v] - m_t, k) * of_p;
+  }
+}
+
+// d KD of one block for the gradients that are wanted.
 template <Divergence kDivergence, bool kStudent, bool kTeacher, typename W>
 inline void kd_gradient_block(const W* s, const W* t, int64_t count, const RowStats<W>& stats,
                               W beta, W inv_tau, W scale, W* out_s, W* out_t) {
@@ -187,11 +235,13 @@ inline void kd_gradient_block(const W* s, const W* t, int64_t count, const RowSt
   if (out_s && out_t) {
     kd_gradient_block<kDivergence, true, true>(s, t, count, stats, beta, inv_tau, scale, out_s,
                                                out_t);
-  } else if (out_s) {
-    kd_gradient_block<kDivergence, true, false>(s, t, count, stats, beta, inv_tau, scale, out_s,
-                                                out_t);
-  } else {
+  } else if (out_t) {
     kd_gradient_block<kDivergence, false, true>(s, t, count, stats, beta, inv_tau, scale, out_s,
+                                                out_t);
+  } else if constexpr (kDivergence == Divergence::kForwardKL) {
+    forward_kl_gradient_block(s, t, count, stats, inv_tau, scale, out_s);
+  } else {
+    kd_gradient_block<kDivergence, true, false>(s, t, count, stats, beta, inv_tau, scale, out_s,
                                                 out_t);
   }
 }

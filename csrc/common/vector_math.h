@@ -66,6 +66,24 @@ inline float exp_nonpositive(float x) {
   return x < -87.0f ? 0.0f : y * scale;
 }
 
+// 2^(d k) for d k <= 0 up to rounding: 0 below 2^-126, and NaN stays NaN. d k is never rounded as a
+// whole, and the shift's extra 127 makes the integer a power of two's bits, those of n = -127 being
+// 0.
+inline float exp2_scaled(float d, float k) {
+  constexpr float kShift = kRoundingShift + 127.0f;
+  const float lowest = -127.0f / k;
+  const float bounded = d < lowest ? lowest : d;
+  const float rounded = bounded * k + kShift;
+  const float f = bounded * k - (rounded - kShift);
+  float p = 1.3264727253e-3f;
+  p = p * f + 9.6715127858e-3f;
+  p = p * f + 5.5507337445e-2f;
+  p = p * f + 2.4022242083e-1f;
+  p = p * f + 6.9314697760e-1f;
+  p = p * f + 1.0f;
+  return p * std::bit_cast<float>(std::bit_cast<uint32_t>(rounded) << 23);
+}
+
 // e^x - 1 for x <= 0, small x included.
 inline float expm1_nonpositive(float x) {
   const float clamped = x < -87.0f ? -87.0f : x;
@@ -101,6 +119,9 @@ inline float log1p_nonpositive(float y) {
 
 inline double exp_fast(double x) {
   return std::exp(x);
+}
+inline double exp2_scaled(double d, double k) {
+  return std::exp2(d * k);
 }
 inline double exp_nonpositive(double x) {
   return std::exp(x);

@@ -184,6 +184,9 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& dloss, const Tensor& stude
   };
   Tensor dstudent = empty_like_rows(student, needs_dstudent);
   Tensor dteacher = empty_like_rows(like, needs_dteacher);
+  advise_large_pages(dstudent.mutable_data_ptr(),
+                     dstudent.numel() * bytes_of(student.scalar_type()));
+  advise_large_pages(dteacher.mutable_data_ptr(), dteacher.numel() * bytes_of(like.scalar_type()));
   const LogitRows ds = needs_dstudent ? LogitRows(dstudent, true) : LogitRows();
   const LogitRows dt = needs_dteacher ? LogitRows(dteacher, true) : LogitRows();
   const auto run = [&](auto zero) {

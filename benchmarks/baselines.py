@@ -1,0 +1,48 @@
+"""What the kernels are timed against: plain torch, spelled as a user would.
+
+A function `<peer>_<door>` takes the door's arguments; benchmarks/run.py finds it by its name, and
+times `eager` through torch.compile as well.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def eager_kl_distillation(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """log_softmax of both sides in float32, then F.kl_div; no division where temperature is 1."""
+    scores = [logits.float() for logits in (student_logits, teacher_logits)]
+    if temperature != 1.0:
+        scores = [score / temperature for score in scores]
+    ln_q, ln_p = (F.log_softmax(score, -1) for score in scores)
+    if divergence == "forward_kl":
+        loss = F.kl_div(ln_q, ln_p, reduction="none", log_target=True).sum(-1)
+    elif divergence == "reverse_kl":
+        loss = F.kl_div(ln_p, ln_q, reduction="none", log_target=True).sum(-1)
+    else:
+        ln_m = torch.logaddexp(ln_p + math.log(beta), ln_q + math.log1p(-beta))
+        of_p = F.kl_div(ln_m, ln_p, reduction="none", log_target=True).sum(-1)
+        of_q = F.kl_div(ln_m, ln_q, reduction="none", log_target=True).sum(-1)
+        loss = beta * of_p + (1 - beta) * of_q
+    if labels is not None:
+        loss = loss * (labels != -100)
+        ce = F.cross_entropy(student_logits.float(), labels, reduction="none")
+        loss = loss + ce_weight * ce
+    if reduction == "none":
+        return loss
+    rows = loss.numel() if labels is None else (labels != -100).sum()
+    return loss.sum() if reduction == "sum" else loss.sum() / rows
