@@ -99,7 +99,8 @@ class StageStore:
             if found != config_hash:
                 raise ValueError(
                     f"run folder {self.run_folder}: belongs to configuration {found[:12]}, "
-                    f"this one is {config_hash[:12]}; set run.output to another folder, or remove this one"
+                    f"this one is {config_hash[:12]}; set run.output to another folder, or "
+                    "remove this one"
                 )
         files.write_text(text, config_text)
         files.write_json(frozen, {"hash": config_hash})

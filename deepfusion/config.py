@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -74,7 +74,13 @@ class Config:
 
         In a template, keys that a recipe sets are commented out, so that the recipe can set them.
         """
-        return "\n".join(_table_text(name, getattr(self, name), template) for name in TABLES)
+        by_recipe = {
+            name: {key for presets in RECIPES.values() for key in presets.get(name, {})}
+            for name in (TABLES if template else ())
+        }
+        return "\n".join(
+            _table_text(name, getattr(self, name), by_recipe.get(name, set())) for name in TABLES
+        )
 
     def hash(self, *tables: str) -> str:
         """SHA-256 of some tables' values, by default of all; where results go does not count."""
@@ -223,13 +229,12 @@ def _near_table(table: str) -> str:
     return f"; there are {', '.join(TABLES)}"
 
 
-def _table_text(name: str, table: Any, template: bool) -> str:
+def _table_text(name: str, table: Any, commented: Collection[str] = ()) -> str:
+    """`key = value  # meaning (options, bounds)` of every key; `commented` ones behind a #."""
     lines = [f"[{name}]  # {(type(table).__doc__ or '').rstrip('.')}"]
-    by_recipe = {one for presets in RECIPES.values() for one in presets.get(name, {})}
     for one in fields(table):
-        value = getattr(table, one.name)
-        assignment = f"{one.name} = {_toml(value)}"
-        if template and one.name in by_recipe:
+        assignment = f"{one.name} = {_toml(getattr(table, one.name))}"
+        if one.name in commented:
             assignment = f"# {assignment}"
         lines.append(f"{assignment:<36}  # {one.metadata['meaning']}{_limits_text(one.metadata)}")
     return "\n".join(lines) + "\n"

@@ -1,0 +1,1 @@
+"""Tensors to bytes, bytes to shards, and the gate that refuses hostile uploads."""

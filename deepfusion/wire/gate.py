@@ -1,0 +1,247 @@
+"""Refuses uploads that must not be used; cheapest checks first, nothing of an upload is believed.
+
+listing and lengths -> manifest -> SHA-256 -> embedding -> names -> each tensor -> norms
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from torch import Tensor
+
+from .. import files
+from ..messages import DeviceUpdate, Manifest, UploadRefused
+from . import codecs
+from .audit import Audit
+from .expected import MANIFEST_BYTES, ArchitectureSpec, Expected
+from .package import EMBEDDING, MANIFEST, Shards, decode_embedding, shard_name
+
+SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors", re.ASCII)
+NORM_FACTOR = 10.0  # method.md 9
+NORM_VOTES = 3  # fewer uploads have no median worth the name
+
+
+@contextmanager
+def _refusing(device: str) -> Iterator[None]:
+    """Every fault of an upload in one wording."""
+    try:
+        yield
+    except ValueError as error:
+        raise UploadRefused(f"{device}: {error}; refused, see audit.jsonl") from None
+
+
+def inspect(folder: Path, expected: Expected, device: str) -> DeviceUpdate:
+    """Check an upload that lies in `folder`; `device` is who sent it, as the transport says.
+
+    Raises UploadRefused naming device, tensor and number. At most one shard is open, and one tensor
+    in memory, at any time.
+    """
+    with _refusing(device):
+        lengths = _listing(folder, expected)
+        manifest = Manifest.from_json((folder / MANIFEST).read_bytes())
+        spec = _facts(manifest, expected, device)
+        _lengths(manifest, lengths, spec, expected)
+        _hashes(folder, manifest)
+        embedding = decode_embedding(
+            (folder / EMBEDDING).read_bytes(), expected.embedding_dimensions
+        )
+        norms = _tensors(folder, manifest, spec, expected.max_update_norm)
+    return DeviceUpdate(folder, manifest, embedding, norms)
+
+
+def admit(
+    folder: Path, expected: Expected, device: str, audit: Audit, node: str = ""
+) -> DeviceUpdate:
+    """`inspect`, with the decision written to the audit file first. Raises UploadRefused."""
+    try:
+        update = inspect(folder, expected, device)
+    except UploadRefused as refusal:
+        audit.append(folder, device=device, node=node, verdict="refused", reason=str(refusal))
+        raise
+    audit.append(folder, device=device, node=node, verdict="accepted", reason="")
+    return update
+
+
+def _listing(folder: Path, expected: Expected) -> dict[str, int]:
+    """Lengths by name; regular files of allowed names only, before a byte of them is read."""
+    if folder.is_symlink() or not folder.is_dir():
+        raise ValueError(f"upload {folder.name!r} must be a folder, got none")
+    lengths = {}
+    for entry in sorted(folder.iterdir()):
+        name = entry.name
+        if not stat.S_ISREG(entry.lstat().st_mode):
+            raise ValueError(f"entry {name!r} must be a regular file, got a link or folder")
+        if name not in (MANIFEST, EMBEDDING) and not SHARD_NAME.fullmatch(name):
+            raise ValueError(
+                f"entry {name!r} must be {MANIFEST}, {EMBEDDING} or a safetensors shard; "
+                "pickles and other files are never opened"
+            )
+        lengths[name] = entry.lstat().st_size
+    for name in (MANIFEST, EMBEDDING):
+        if name not in lengths:
+            raise ValueError(f"file {name} is missing")
+    most = max(spec.max_bytes for spec in expected.architectures.values())
+    if (total := sum(lengths.values())) > most:
+        raise ValueError(f"upload must have at most {most} bytes, got {total}")
+    if lengths[EMBEDDING] != (wanted := expected.embedding_dimensions + 4):
+        raise ValueError(f"{EMBEDDING} must have {wanted} bytes, got {lengths[EMBEDDING]}")
+    if lengths[MANIFEST] > MANIFEST_BYTES:
+        raise ValueError(
+            f"{MANIFEST} must have at most {MANIFEST_BYTES} bytes, got {lengths[MANIFEST]}"
+        )
+    return lengths
+
+
+def _facts(manifest: Manifest, expected: Expected, device: str) -> ArchitectureSpec:
+    """The manifest against what was agreed; returns the spec of its architecture."""
+    if manifest.architecture not in expected.architectures:
+        allowed = ", ".join(sorted(expected.architectures))
+        raise ValueError(
+            f"architecture must be one of {allowed}, got {manifest.architecture[:64]!r}"
+        )
+    spec = expected.architectures[manifest.architecture]
+    agreed: list[tuple[str, object, object]] = [
+        ("protocol", expected.protocol, manifest.protocol),
+        ("device", device, manifest.device),
+        ("codec", expected.codec, manifest.codec),
+        ("tokenizer fingerprint", expected.tokenizer_fingerprint, manifest.tokenizer_fingerprint),
+        ("base revision", spec.base_revision, manifest.base_revision),
+        ("ties", dict(spec.ties), dict(manifest.ties)),
+    ]
+    for what, wanted, got in agreed:
+        if wanted != got:
+            raise ValueError(f"{what} must be {wanted!r}, got {str(got)[:200]!r}")
+    if manifest.tokens <= 0:
+        raise ValueError(f"tokens must be a positive integer, got {manifest.tokens}")
+    return spec
+
+
+def _lengths(
+    manifest: Manifest, lengths: Mapping[str, int], spec: ArchitectureSpec, expected: Expected
+) -> None:
+    """Announced against present: number, names, order and bytes of the shards."""
+    if (total := sum(lengths.values())) > spec.max_bytes:
+        raise ValueError(
+            f"upload of {manifest.architecture} must have at most {spec.max_bytes} bytes, "
+            f"got {total}"
+        )
+    count = len(manifest.shards)
+    # an honest writer fills every shard but the last more than half
+    most = 1 + 2 * spec.max_bytes // expected.shard_bytes
+    if not 1 <= count <= most:
+        raise ValueError(f"upload must have 1 to {most} shards, got {count}")
+    for index, shard in enumerate(manifest.shards):
+        if shard.name != (wanted := shard_name(index, count)):
+            raise ValueError(f"shard {index + 1} must be named {wanted}, got {shard.name[:80]!r}")
+        if shard.name not in lengths:
+            raise ValueError(f"shard {shard.name} is missing")
+        if lengths[shard.name] != shard.bytes:
+            raise ValueError(
+                f"shard {shard.name} must have {shard.bytes} bytes, got {lengths[shard.name]}"
+            )
+        if shard.bytes > expected.shard_bytes:
+            raise ValueError(
+                f"shard {shard.name} must have at most {expected.shard_bytes} bytes, "
+                f"got {shard.bytes}"
+            )
+    if extra := sorted(
+        lengths.keys() - {MANIFEST, EMBEDDING} - {one.name for one in manifest.shards}
+    ):
+        raise ValueError(f"shard {extra[0]} is not in the manifest")
+
+
+def _hashes(folder: Path, manifest: Manifest) -> None:
+    for shard in manifest.shards:
+        path = folder / shard.name
+        _magic(path)
+        if (got := files.sha256_of(path)) != shard.sha256:
+            raise ValueError(
+                f"shard {shard.name} must have sha256 {shard.sha256[:12]}, got {got[:12]}"
+            )
+    got = hashlib.sha256((folder / EMBEDDING).read_bytes()).hexdigest()
+    if got != manifest.embedding_sha256:
+        raise ValueError(
+            f"{EMBEDDING} must have sha256 {manifest.embedding_sha256[:12]}, got {got[:12]}"
+        )
+
+
+def _magic(path: Path) -> None:
+    """Eight bytes of length, then '{': an archive under a right name begins otherwise."""
+    with path.open("rb") as stream:
+        head = stream.read(9)
+    length = int.from_bytes(head[:8], "little")
+    if len(head) < 9 or head[8:] != b"{" or length + 8 > path.stat().st_size:
+        raise ValueError(f"shard {path.name} must begin as safetensors do, got {head[:4].hex()}..")
+
+
+def _tensors(
+    folder: Path, manifest: Manifest, spec: ArchitectureSpec, max_update_norm: float
+) -> dict[str, float]:
+    """Names exact, every part decodes, every value finite; returns |m_n - base| of each tensor."""
+    shards = Shards(folder, len(manifest.shards))
+    wanted = spec.base.keys() - spec.ties.keys()
+    for name in sorted(wanted - shards.places.keys()):
+        raise ValueError(f"tensor {name!r} is missing")
+    for name in sorted(shards.places.keys() - wanted):
+        raise ValueError(f"tensor {name[:80]!r} does not belong to {manifest.architecture}")
+    norms = {}
+    for name in sorted(wanted):
+        base = spec.base[name]
+        tensor = codecs.decode(manifest.codec, name, shards.parts(name), base)
+        if base.is_floating_point() and not base.is_meta:
+            norms[name] = _norm(tensor, base)
+            if 0 < max_update_norm < norms[name]:
+                raise ValueError(
+                    f"tensor {name!r} must differ from the base by at most "
+                    f"{max_update_norm:g} (upload.max_update_norm), got {norms[name]:.6g}"
+                )
+    return norms
+
+
+def _norm(tensor: Tensor, base: Tensor) -> float:
+    return float((tensor.double() - base.double().cpu()).norm())
+
+
+@dataclass(frozen=True)
+class NormVerdict:
+    """The median rule: device -> reason, and architectures with too few uploads for it."""
+
+    refused: Mapping[str, str]
+    unchecked: tuple[str, ...]
+
+
+def check_norms(updates: Sequence[DeviceUpdate]) -> NormVerdict:
+    """One scaled upload must not own its cluster's mean (method.md, 9).
+
+        |m_n - base|_t  <=  10 median over the architecture's uploads,   for every tensor t
+
+    A tensor that most devices left alone is held to the median of the devices' largest tensors.
+    Architectures with fewer than 3 uploads have no median; they are named as unchecked, and only
+    `upload.max_update_norm` bounds them.
+    """
+    refused: dict[str, str] = {}
+    unchecked = []
+    for architecture in sorted({update.architecture for update in updates}):
+        alike = [update for update in updates if update.architecture == architecture]
+        if len(alike) < NORM_VOTES or not all(update.norms for update in alike):
+            unchecked.append(architecture)
+            continue
+        largest = median(max(update.norms.values()) for update in alike)
+        for name in alike[0].norms:
+            typical = median(update.norms[name] for update in alike) or largest
+            for update in alike:
+                if update.norms[name] > NORM_FACTOR * typical > 0:
+                    refused.setdefault(
+                        update.device,
+                        f"{update.device}: tensor {name!r} must differ from the base by at most "
+                        f"{NORM_FACTOR:g} times the median {typical:.6g}, "
+                        f"got {update.norms[name]:.6g}; refused, see audit.jsonl",
+                    )
+    return NormVerdict(refused, tuple(unchecked))
