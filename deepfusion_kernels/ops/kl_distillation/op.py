@@ -29,7 +29,7 @@ from . import native_impl, reference, triton_impl
 
 OP = "kl_distillation"
 DOORS = ("kl_distillation",)
-IMPLS = {"reference": reference, "cpu": native_impl, "triton": triton_impl}
+IMPLS = {"reference": reference, "cpu": native_impl, "cuda": native_impl, "triton": triton_impl}
 
 
 def kl_distillation(
