@@ -18,6 +18,15 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
   // topk_kl
 
   // moe_routing
+  m.def(
+      "moe_route_forward(Tensor logits, Tensor? bias, int top_k, int num_groups, int top_groups, "
+      "bool is_sigmoid, bool is_topk_first, bool renormalize, bool is_top2_sum, float scale, "
+      "float balance, float z) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "moe_route_backward(Tensor dweights, Tensor daux, Tensor logits, Tensor experts, "
+      "Tensor weights, Tensor counts, Tensor picked, Tensor lse, Tensor mass, int top_k, "
+      "int num_groups, int top_groups, bool is_sigmoid, bool is_topk_first, bool renormalize, "
+      "bool is_top2_sum, float scale, float balance, float z) -> Tensor");
 
   // moe_dispatch
   m.def("moe_plan(Tensor experts, int num_experts) -> (Tensor, Tensor, Tensor)");

@@ -9,6 +9,8 @@ from .ops.kl_distillation.op import kl_distillation as kl_distillation
 # fused_linear_kl
 # topk_kl
 # moe_routing
+from .ops.moe_routing.op import Routing as Routing
+from .ops.moe_routing.op import moe_route as moe_route
 # moe_dispatch
 from .ops.moe_dispatch.op import moe_combine as moe_combine
 from .ops.moe_dispatch.op import moe_dispatch as moe_dispatch

@@ -12,6 +12,7 @@ from .cases import Case
 
 STEMS: tuple[str, ...] = (
     # one a line, in the order of docs/floors.md
+    "moe_routing",
     "moe_dispatch",
     "kl_distillation",
     "moe_experts",
