@@ -14,6 +14,18 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
       "-> (Tensor dstudent, Tensor dteacher)");
 
   // fused_linear_kl
+  m.def(
+      "fused_linear_kl_accumulate(Tensor student, Tensor? teacher, Tensor? labels, Tensor scale, Tensor(a!) sums, "
+      "int first_column, bool own_sum, float temperature) -> ()");
+  m.def(
+      "fused_linear_kl_jsd(Tensor student, Tensor teacher, Tensor scale, Tensor stats, Tensor(a!) sums, float beta, "
+      "float temperature) -> ()");
+  m.def(
+      "fused_linear_kl_finish(Tensor sums, Tensor scale, bool own_sum, int divergence, float beta, float kd_weight, "
+      "float ce_weight) -> (Tensor, Tensor)");
+  m.def(
+      "fused_linear_kl_gradient(Tensor(a!) student, Tensor? teacher, Tensor? labels, Tensor scale, Tensor stats, "
+      "int first_column, int divergence, float beta, float temperature, float kd_weight, float ce_weight) -> ()");
 
   // topk_kl
 

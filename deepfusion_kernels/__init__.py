@@ -7,6 +7,8 @@ from . import _native as _native  # isort: skip
 from .ops.kl_distillation.op import kl_distillation as kl_distillation
 
 # fused_linear_kl
+from .ops.fused_linear_kl.op import fused_linear_kl_distillation as fused_linear_kl_distillation
+
 # topk_kl
 # moe_routing
 from .ops.moe_routing.op import Routing as Routing

@@ -1,0 +1,152 @@
+"""Tiles of float32 logits by the library's GEMM, their rows by C++.
+
+    losses only      the vocabulary slice by slice: sums of each row, merged across slices
+    backward         the same slices again, now with the rows' statistics: dS in place of the logits,
+                     dhidden += dS W_slice, dW_slice = dS^T hidden, finished before the next slice
+    both in forward  chunk of rows by chunk: whole rows of logits, so that nothing is projected twice
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..shared.loss_options import refuse_unknown_labels
+from .problem import Gradients, Problem, Wants
+from .tiles import Head, add_dweight, empty_gradients, plan, spans
+
+STATISTICS = 8
+SUMS = 13
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+# an empty sum of exponentials has this maximum, as in csrc/common/kl_math.h
+NO_MAXIMUM = -1e30
+_native = torch.ops.deepfusion_native
+
+
+def forward(
+    problem: Problem, wants: Wants, grad_weight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Gradients]:
+    """Rows [T] times their scale, statistics [T, 8], and the gradients of the rows' sum."""
+    kept = empty_gradients(problem, wants, (problem.wide, grad_weight_dtype, problem.wide))
+    rows = Rows(problem, plan(problem, whole_rows=any(wants)))
+    if not any(wants):
+        return *rows.statistics(rows.blocks), kept
+    losses_T = problem.scale_T.new_empty(rows.T)
+    statistics = problem.scale_T.new_empty(rows.T, STATISTICS)
+    for block in rows.blocks:
+        losses_T[block], statistics[block] = rows.statistics([block])
+        dlogits_TV = rows.gradient(block, 0, problem.columns, statistics, problem.scale_T)
+        if wants.hidden:
+            rows.student.add_dhidden(dlogits_TV, 0, kept.dhidden[block])
+        if wants.weight:
+            add_dweight(dlogits_TV, rows.student.hidden[block], kept.dweight, block.start == 0)
+        if wants.bias:
+            kept.dbias[: problem.columns] += dlogits_TV.sum(0)
+    return losses_T, statistics, kept
+
+
+def backward(problem: Problem, drows_T: Tensor, statistics: Tensor, wants: Wants) -> Gradients:
+    """Projects again; of the head's gradient it holds one slice beside the result."""
+    gradients = empty_gradients(problem, wants, problem.dtypes)
+    rows = Rows(problem, plan(problem, whole_rows=False))
+    scale_T = problem.scale_T * drows_T
+    # where the dtypes agree these are the results themselves
+    dhidden_TD, dbias_V = gradients.dhidden.to(problem.wide), gradients.dbias.to(problem.wide)
+    same = problem.student_weight.dtype == problem.wide
+    for begin, end in rows.slices:
+        dslice_VD = gradients.dweight[begin:end]
+        if wants.weight and not same:
+            dslice_VD = torch.empty_like(dslice_VD, dtype=problem.wide)
+        for block in rows.blocks:
+            dlogits_TV = rows.gradient(block, begin, end, statistics, scale_T)
+            if wants.hidden:
+                rows.student.add_dhidden(dlogits_TV, begin, dhidden_TD[block])
+            if wants.weight:
+                add_dweight(dlogits_TV, rows.student.hidden[block], dslice_VD, block.start == 0)
+            if wants.bias:
+                dbias_V[begin:end] += dlogits_TV.sum(0)
+        if wants.weight and not same:
+            gradients.dweight[begin:end] = dslice_VD
+    return gradients._replace(
+        dhidden=dhidden_TD.to(gradients.dhidden.dtype), dbias=dbias_V.to(gradients.dbias.dtype)
+    )
+
+
+class Rows:
+    """The C++ row kernels on the tiles of one call."""
+
+    def __init__(self, problem: Problem, tile: tuple[int, int]) -> None:
+        self.problem, self.T = problem, problem.scale_T.shape[0]
+        self.student = Head(problem, "student", problem.columns, tile)
+        self.teacher = Head(problem, "teacher", problem.compared, tile) if problem.compared else None
+        self.blocks = [slice(*span) for span in spans(0, self.T, tile[0])]
+        self.slices = list(spans(0, problem.columns, tile[1]))
+        self.divergence = DIVERGENCES.index(problem.divergence)
+        # CE at temperature 1 over the same columns shares the student's normaliser
+        shared = problem.temperature == 1 and problem.columns == problem.compared
+        self.own_sum = bool(problem.ce_weight) and not shared
+        self.labels = None if problem.labels is None else problem.labels.long().contiguous()
+        if self.labels is not None:
+            V = problem.student_weight.shape[0]
+            refuse_unknown_labels(self.labels, problem.scale_T, V, "fused_linear_kl_distillation")
+        self.there: tuple[int, int] | None = None
+        self.tiles: tuple[Tensor, Tensor | None]
+
+    def project(self, block: slice, begin: int, end: int) -> tuple[Tensor, Tensor | None]:
+        """Both sides' logits of a tile; once more for the tile that is still there."""
+        if self.there != (block.start, begin):
+            student_TV = self.student.logits(block, begin, end)
+            assert student_TV is not None, "the student has every column of the loss"
+            teacher_TV = self.teacher.logits(block, begin, end) if self.teacher else None
+            self.there, self.tiles = (block.start, begin), (student_TV, teacher_TV)
+        return self.tiles
+
+    def statistics(self, blocks: list[slice]) -> tuple[Tensor, Tensor]:
+        """Losses and statistics of the rows of some neighbouring blocks."""
+        problem, first = self.problem, blocks[0].start if blocks else 0
+        scale_T = problem.scale_T[first : blocks[-1].stop if blocks else 0]
+        sums = scale_T.new_zeros((scale_T.shape[0], SUMS), dtype=torch.float64)
+        sums[:, [0, 2, 8]] = NO_MAXIMUM
+        for begin, end in self.slices:
+            for block in blocks:
+                tiles, local = self.project(block, begin, end), slice(block.start - first, block.stop - first)
+                _native.fused_linear_kl_accumulate(
+                    *tiles, self._labels(block), scale_T[local], sums[local], begin,
+                    self.own_sum, problem.temperature,
+                )  # fmt: skip
+        found = self._finish(sums, scale_T)
+        if problem.divergence != "jsd" or not problem.compared:
+            return found
+        for begin, end in self.slices:
+            for block in blocks:
+                student_TV, teacher_TV = self.project(block, begin, end)
+                local = slice(block.start - first, block.stop - first)
+                if teacher_TV is not None:
+                    _native.fused_linear_kl_jsd(
+                        student_TV, teacher_TV, scale_T[local], found[1][local], sums[local],
+                        problem.beta, problem.temperature,
+                    )  # fmt: skip
+        return self._finish(sums, scale_T)
+
+    def gradient(
+        self, block: slice, begin: int, end: int, statistics: Tensor, scale_T: Tensor
+    ) -> Tensor:
+        """dS of one tile, in the memory of its logits."""
+        problem, (student_TV, teacher_TV) = self.problem, self.project(block, begin, end)
+        _native.fused_linear_kl_gradient(
+            student_TV, teacher_TV, self._labels(block), scale_T[block], statistics[block], begin,
+            self.divergence, problem.beta, problem.temperature, problem.kd_weight, problem.ce_weight,
+        )  # fmt: skip
+        self.there = None
+        return student_TV
+
+    def _labels(self, block: slice) -> Tensor | None:
+        return None if self.labels is None else self.labels[block]
+
+    def _finish(self, sums: Tensor, scale_T: Tensor) -> tuple[Tensor, Tensor]:
+        problem = self.problem
+        kd_weight = problem.kd_weight if problem.compared else 0.0
+        losses_T, statistics = _native.fused_linear_kl_finish(
+            sums, scale_T, self.own_sum, self.divergence, problem.beta, kd_weight, problem.ce_weight
+        )
+        return losses_T, statistics
