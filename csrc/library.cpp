@@ -28,6 +28,14 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
       "int first_column, int divergence, float beta, float temperature, float kd_weight, float ce_weight) -> ()");
 
   // topk_kl
+  m.def(
+      "topk_kl_forward(Tensor student, Tensor ids, Tensor logprobs, Tensor? labels, Tensor scale, int tail, "
+      "int divergence, float beta, float temperature, float kd_weight, float ce_weight, float floor) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "topk_kl_backward(Tensor drows, Tensor statistics, Tensor student, Tensor ids, Tensor logprobs, Tensor? labels, "
+      "Tensor scale, int tail, int divergence, float beta, float temperature, float kd_weight, float ce_weight, "
+      "float floor) -> Tensor");
 
   // moe_routing
   m.def(

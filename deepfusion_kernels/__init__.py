@@ -10,6 +10,8 @@ from .ops.kl_distillation.op import kl_distillation as kl_distillation
 from .ops.fused_linear_kl.op import fused_linear_kl_distillation as fused_linear_kl_distillation
 
 # topk_kl
+from .ops.topk_kl.op import topk_kl_distillation as topk_kl_distillation
+
 # moe_routing
 from .ops.moe_routing.op import Routing as Routing
 from .ops.moe_routing.op import moe_route as moe_route

@@ -14,6 +14,7 @@ STEMS: tuple[str, ...] = (
     # one a line, in the order of docs/floors.md
     "kl_distillation",
     "fused_linear_kl",
+    "topk_kl",
     "moe_routing",
     "moe_dispatch",
     "moe_experts",

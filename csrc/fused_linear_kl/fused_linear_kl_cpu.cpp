@@ -97,8 +97,7 @@ void accumulate(const Tile<W>& tile, const std::optional<Tensor>& labels, double
         const auto block = kl_block(s_buffer, t_buffer, count, of_s, of_t, inv_tau);
         sums.kd = merge(sums.kd, block, double(inv_tau));
       }
-      if (own_sum)
-        sums.at_one = merge(sums.at_one, exp_sum(s_buffer, count, of_s.max, W(1)), 1.0);
+      if (own_sum) sums.at_one = merge(sums.at_one, exp_sum(s_buffer, count, of_s.max, W(1)), 1.0);
       begin += count;
     }
     const int64_t label = label_of(labels, row, first_column);
@@ -143,10 +142,9 @@ void finish(int64_t rows, const double* all_sums, const W* scales, bool own_sum,
       loss += kd_weight * kd;
     }
     if (ce_weight != 0) loss += ce_weight * (at_one.m - sums.chosen + log_sum(at_one));
-    const std::array<double, kNumStats> values = {sums.kd.s.m, log_sum(sums.kd.s),
-                                                  sums.kd.t.m, log_sum(sums.kd.t),
-                                                  k_s,         k_t,
-                                                  at_one.m,    log_sum(at_one)};
+    const std::array<double, kNumStats> values = {
+        sums.kd.s.m, log_sum(sums.kd.s), sums.kd.t.m,    log_sum(sums.kd.t), k_s,
+        k_t,         at_one.m,           log_sum(at_one)};
     for (int64_t at = 0; at < kNumStats; ++at) stats[at] = static_cast<W>(values[at]);
     losses[row] = static_cast<W>(scales[row] * loss);
   }
@@ -215,18 +213,16 @@ void fused_linear_kl_jsd_cpu(const Tensor& student, const Tensor& teacher, const
 }
 
 std::tuple<Tensor, Tensor> fused_linear_kl_finish_cpu(const Tensor& sums, const Tensor& scale,
-                                                      bool own_sum, int64_t divergence,
-                                                      double beta, double kd_weight,
-                                                      double ce_weight) {
+                                                      bool own_sum, int64_t divergence, double beta,
+                                                      double kd_weight, double ce_weight) {
   const int64_t rows = sums.size(0);
   Tensor losses = torch::stable::new_empty(scale, {rows});
   Tensor stats = torch::stable::new_empty(scale, {rows, kNumStats});
   THO_DISPATCH_V2(scale.scalar_type(), "fused_linear_kl_finish", AT_WRAP([&] {
-                    finish<scalar_t>(rows, sums.const_data_ptr<double>(),
-                                     scale.const_data_ptr<scalar_t>(), own_sum,
-                                     static_cast<Divergence>(divergence), beta, kd_weight,
-                                     ce_weight, losses.mutable_data_ptr<scalar_t>(),
-                                     stats.mutable_data_ptr<scalar_t>());
+                    finish<scalar_t>(
+                        rows, sums.const_data_ptr<double>(), scale.const_data_ptr<scalar_t>(),
+                        own_sum, static_cast<Divergence>(divergence), beta, kd_weight, ce_weight,
+                        losses.mutable_data_ptr<scalar_t>(), stats.mutable_data_ptr<scalar_t>());
                   }),
                   ScalarType::Float, ScalarType::Double);
   return {losses, stats};

@@ -11,15 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..shared.loss_options import refuse_unknown_labels
+from ..shared.kl_options import DIVERGENCES, MISSING
 from .problem import Gradients, Problem, Wants
 from .tiles import Head, add_dweight, empty_gradients, plan, spans
 
 STATISTICS = 8
 SUMS = 13
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-# an empty sum of exponentials has this maximum, as in csrc/common/kl_math.h
-NO_MAXIMUM = -1e30
 _native = torch.ops.deepfusion_native
 
 
@@ -86,9 +83,6 @@ class Rows:
         shared = problem.temperature == 1 and problem.columns == problem.compared
         self.own_sum = bool(problem.ce_weight) and not shared
         self.labels = None if problem.labels is None else problem.labels.long().contiguous()
-        if self.labels is not None:
-            V = problem.student_weight.shape[0]
-            refuse_unknown_labels(self.labels, problem.scale_T, V, "fused_linear_kl_distillation")
         self.there: tuple[int, int] | None = None
         self.tiles: tuple[Tensor, Tensor | None]
 
@@ -106,7 +100,7 @@ class Rows:
         problem, first = self.problem, blocks[0].start if blocks else 0
         scale_T = problem.scale_T[first : blocks[-1].stop if blocks else 0]
         sums = scale_T.new_zeros((scale_T.shape[0], SUMS), dtype=torch.float64)
-        sums[:, [0, 2, 8]] = NO_MAXIMUM
+        sums[:, [0, 2, 8]] = MISSING
         for begin, end in self.slices:
             for block in blocks:
                 tiles, local = self.project(block, begin, end), slice(block.start - first, block.stop - first)
@@ -135,7 +129,7 @@ class Rows:
         problem, (student_TV, teacher_TV) = self.problem, self.project(block, begin, end)
         _native.fused_linear_kl_gradient(
             student_TV, teacher_TV, self._labels(block), scale_T[block], statistics[block], begin,
-            self.divergence, problem.beta, problem.temperature, problem.kd_weight, problem.ce_weight,
+            self.divergence, problem.beta, problem.temperature, problem.kd_scale, problem.ce_weight,
         )  # fmt: skip
         self.there = None
         return student_TV
@@ -145,7 +139,7 @@ class Rows:
 
     def _finish(self, sums: Tensor, scale_T: Tensor) -> tuple[Tensor, Tensor]:
         problem = self.problem
-        kd_weight = problem.kd_weight if problem.compared else 0.0
+        kd_weight = problem.kd_scale if problem.compared else 0.0
         losses_T, statistics = _native.fused_linear_kl_finish(
             sums, scale_T, self.own_sum, self.divergence, problem.beta, kd_weight, problem.ce_weight
         )

@@ -14,10 +14,18 @@ from torch import Tensor
 
 from ... import backends
 from ...checks import expect, expect_option, expect_that
-from ..shared.loss_options import expect_loss_options, expect_rows, resolve_divergence, row_scale
+from ..shared.kl_options import (
+    REDUCTIONS,
+    VOCAB_ALIGNS,
+    check_rows,
+    kl_options,
+    refuse_bad_labels,
+)
+from ..shared.row_scale import row_scale
 from . import native_impl, reference
 from .problem import Gradients, Problem, Wants
 
+OP = "fused_linear_kl_distillation"
 DOORS = ("fused_linear_kl_distillation",)
 IMPLS = {"reference": reference, "cpu": native_impl}
 # below this a chunk's GEMMs no longer hide the traffic of the weight's gradient; docs/ops/fused_linear_kl.md
@@ -57,86 +65,82 @@ def fused_linear_kl_distillation(
     chunk_bytes bounds the logits in memory at a time; grad_weight_dtype accumulates d student_weight.
     Formula and gradient: docs/ops/fused_linear_kl.md. Raises ValueError naming the argument.
     """
-    op = DOORS[0]
-    expect_loss_options(
-        op, divergence, beta, temperature, kd_weight, ce_weight, labels, reduction
+    options = kl_options(
+        OP, divergence, beta, temperature, scale_by_temperature_squared, kd_weight, ce_weight
     )
-    expect_option(vocab_align, op, "vocab_align", ("error", "truncate"))
-    expect_option(grad_weight_dtype, op, "grad_weight_dtype", GRAD_WEIGHT_DTYPES)
-    V_s, D_s = _expect_side(op, "student", student_hidden, student_weight, student_bias)
-    V_t, D_t, lead = 0, 0, student_hidden.shape[:-1]
-    if kd_weight == 0:
-        teacher_hidden = teacher_weight = teacher_bias = None
-    else:
-        expect_that(teacher_hidden is not None, op, "teacher_hidden", "given", "None")
-        expect_that(teacher_weight is not None, op, "teacher_weight", "given", "None")
-        assert teacher_hidden is not None and teacher_weight is not None, "refused above"
-        V_t, D_t = _expect_side(op, "teacher", teacher_hidden, teacher_weight, teacher_bias)
-        _expect_teacher(op, student_hidden, teacher_hidden, teacher_weight, teacher_bias)
-        wanted = f"[V, D_t] = [{V_s}, {D_t}]; pass vocab_align='truncate' to compare the shared columns"
-        same = V_s == V_t or vocab_align == "truncate"
-        expect_that(same, op, "teacher_weight", wanted, [V_t, D_t])
-    for name, rows in (("labels", labels), ("row_weight", row_weight)):
-        if rows is not None:
-            expect_rows(rows, op, name, lead, student_hidden)
-    T = lead.numel()
-    hidden_TD = student_hidden.reshape(T, D_s)
-    teacher_TD = None if teacher_hidden is None else teacher_hidden.reshape(T, D_t)
-    squared = temperature**2 if scale_by_temperature_squared else 1.0
+    expect_option(reduction, OP, "reduction", REDUCTIONS)
+    expect_option(vocab_align, OP, "vocab_align", VOCAB_ALIGNS)
+    expect_option(grad_weight_dtype, OP, "grad_weight_dtype", GRAD_WEIGHT_DTYPES)
+    V, D = _expect_side("student", student_hidden, student_weight, student_bias)
+    rows = check_rows(OP, student_hidden, labels, row_weight, ignore_index, ce_weight)
+    teacher: tuple[Tensor | None, ...] = (None, None, None)
+    if options.with_kd:
+        widest = V if vocab_align == "error" else None
+        teacher = _teacher(student_hidden, widest, teacher_hidden, teacher_weight, teacher_bias)
+    hidden_TD = student_hidden.reshape(-1, D) if D else student_hidden.flatten(0, -2)
     problem = Problem(
-        hidden_TD, student_weight, student_bias, teacher_TD, teacher_weight, teacher_bias,
-        None if labels is None or not ce_weight else labels.reshape(T), hidden_TD.new_empty(0),
-        resolve_divergence(divergence, beta), beta, temperature, kd_weight * squared, ce_weight, 0,
+        hidden_TD, student_weight, student_bias, *teacher,
+        rows.labels_T if options.with_ce else None, hidden_TD.new_empty(0), *options, 0,
     )  # fmt: skip
-    scale_T = row_scale(hidden_TD, labels, row_weight, ignore_index, reduction, problem.wide)
-    chunk_bytes = _chunk_bytes(op, chunk_bytes, problem)
-    problem = problem._replace(scale_T=scale_T, chunk_bytes=chunk_bytes)
-    chosen = backends.choose(backend, student_hidden, IMPLS)
-    in_forward = reduction != "none" and chunk_bytes >= MIN_CHUNK_ROWS * _row_bytes(problem)
+    problem = problem._replace(
+        scale_T=row_scale(hidden_TD, rows, reduction, problem.wide),
+        chunk_bytes=_chunk_bytes(chunk_bytes, problem),
+    )
+    in_forward = reduction != "none" and _holds_enough_rows(problem)
     wants = _wants(student_hidden, student_weight, student_bias)
-    loss = _forward(*problem, *wants, in_forward, grad_weight_dtype or problem.wide, chosen)[0]
-    if in_forward:
-        return loss
-    return loss.reshape(lead) if reduction == "none" else loss.sum()
+    dtype = grad_weight_dtype or problem.wide
+    loss = _forward(
+        *problem, *wants, in_forward, dtype, backends.choose(backend, student_hidden, IMPLS)
+    )[0]
+    if reduction == "none":
+        return loss.reshape(student_hidden.shape[:-1])
+    return loss if in_forward else loss.sum()
 
 
 def _expect_side(
-    op: str, side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[int, int]:
     """Vocabulary and width of one side."""
-    (D,) = expect(hidden, op, f"{side}_hidden", "... D")
-    V, _ = expect(weight, op, f"{side}_weight", "V D", D=D, dtype=hidden.dtype, like=hidden)
+    (D,) = expect(hidden, OP, f"{side}_hidden", "... D")
+    V, _ = expect(weight, OP, f"{side}_weight", "V D", D=D, dtype=hidden.dtype, like=hidden)
     if bias is not None:
-        expect(bias, op, f"{side}_bias", "V", V=V, like=hidden)
+        expect(bias, OP, f"{side}_bias", "V", V=V, like=hidden)
     return V, D
 
 
-def _expect_teacher(op: str, student: Tensor, hidden: Tensor, *constants: Tensor | None) -> None:
-    """The teacher stands at the student's tokens and is a constant."""
-    wanted = [*student.shape[:-1], hidden.shape[-1]]
+def _teacher(
+    student: Tensor, V: int | None, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The teacher's tensors, rows flattened: at the student's tokens, of its vocabulary V, constant."""
+    if hidden is None or weight is None:
+        missing = "teacher_hidden" if hidden is None else "teacher_weight"
+        raise ValueError(f"{OP}: {missing} must be given when kd_weight != 0, got None")
+    got, D = _expect_side("teacher", hidden, weight, bias)
+    expect(hidden, OP, "teacher_hidden", "... D", like=student)
+    wanted = [*student.shape[:-1], D]
     same = list(hidden.shape) == wanted
-    expect_that(same, op, "teacher_hidden", f"[..., D_t] = {wanted}", list(hidden.shape))
-    device = student.device
-    expect_that(hidden.device == device, op, "teacher_hidden", f"on {device}", hidden.device)
-    if torch.is_grad_enabled():
-        for tensor in (hidden, *constants):
-            wants = tensor is not None and tensor.requires_grad
-            expect_that(not wants, op, "the teacher", "detached", "requires_grad; pass .detach()")
+    expect_that(same, OP, "teacher_hidden", f"[..., D_t] = {wanted}", list(hidden.shape))
+    hint = f"[{got}, {D}]; pass vocab_align='truncate' to compare the shared columns"
+    expect_that(V in (None, got), OP, "teacher_weight", f"[V, D_t] = [{V}, {D}]", hint)
+    for tensor in (hidden, weight, bias):
+        wants = torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        expect_that(not wants, OP, "the teacher", "detached", "requires_grad; pass .detach()")
+    return hidden.reshape(-1, D) if D else hidden.flatten(0, -2), weight, bias
 
 
-def _row_bytes(problem: Problem) -> int:
-    """Bytes of one token's logits on both sides."""
-    sides = problem.columns + problem.compared
-    return sides * problem.wide.itemsize
+def _holds_enough_rows(problem: Problem) -> bool:
+    row_bytes = (problem.columns + problem.compared) * problem.wide.itemsize
+    return problem.chunk_bytes >= MIN_CHUNK_ROWS * row_bytes
 
 
-def _chunk_bytes(op: str, asked: int | None, problem: Problem) -> int:
+def _chunk_bytes(asked: int | None, problem: Problem) -> int:
     if asked is not None:
-        expect_that(asked > 0, op, "chunk_bytes", "positive", asked)
+        expect_that(asked > 0, OP, "chunk_bytes", "positive", asked)
         return asked
     if problem.student_hidden.device.type == "cpu":
         return CPU_CHUNK_BYTES
-    return max(512 * _row_bytes(problem), 640 << 20)
+    row_bytes = (problem.columns + problem.compared) * problem.wide.itemsize
+    return max(512 * row_bytes, 640 << 20)
 
 
 def _wants(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Wants:
@@ -158,7 +162,7 @@ def _forward(
     divergence: str,
     beta: float,
     temperature: float,
-    kd_weight: float,
+    kd_scale: float,
     ce_weight: float,
     chunk_bytes: int,
     needs_dhidden: bool,
@@ -170,8 +174,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
-        labels, scale_T, divergence, beta, temperature, kd_weight, ce_weight, chunk_bytes,
+        labels, scale_T, divergence, beta, temperature, kd_scale, ce_weight, chunk_bytes,
     )  # fmt: skip
+    refuse_bad_labels(OP, labels, scale_T != 0, student_weight.shape[0])
     wants = Wants(*(in_forward and need for need in (needs_dhidden, needs_dweight, needs_dbias)))
     rows_T, statistics, kept = IMPLS[backend].forward(problem, wants, grad_weight_dtype)
     return rows_T.sum() if in_forward else rows_T, statistics, *kept
@@ -214,7 +219,7 @@ def _backward(
     divergence: str,
     beta: float,
     temperature: float,
-    kd_weight: float,
+    kd_scale: float,
     ce_weight: float,
     chunk_bytes: int,
     needs_dhidden: bool,
@@ -224,7 +229,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = Problem(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
-        labels, scale_T, divergence, beta, temperature, kd_weight, ce_weight, chunk_bytes,
+        labels, scale_T, divergence, beta, temperature, kd_scale, ce_weight, chunk_bytes,
     )  # fmt: skip
     wants = Wants(needs_dhidden, needs_dweight, needs_dbias)
     return IMPLS[backend].backward(problem, drows_T, statistics, wants)

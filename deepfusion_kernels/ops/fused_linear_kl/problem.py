@@ -11,7 +11,7 @@ from torch import Tensor
 class Problem(NamedTuple):
     """Tokens are flattened; scale_T is the row weight times 1/n, and 0 marks a masked row.
 
-    kd_weight already holds the tau^2 of `scale_by_temperature_squared`.
+    kd_scale = kd_weight kappa holds the tau^2 of `scale_by_temperature_squared`.
     """
 
     student_hidden: Tensor  # [T, D_s]
@@ -25,7 +25,7 @@ class Problem(NamedTuple):
     divergence: str
     beta: float
     temperature: float
-    kd_weight: float
+    kd_scale: float
     ce_weight: float
     chunk_bytes: int
 

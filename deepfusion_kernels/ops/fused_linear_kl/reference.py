@@ -14,13 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..shared.loss_options import refuse_unknown_labels
+from ..shared.kl_options import MISSING
 from .problem import Gradients, Problem, Wants
 
 # forward keeps nothing for backward
 STATISTICS = 0
-# a raw logit at or below this counts as -inf: finfo.min of float32 and bfloat16 serve as masks
-MINUS_INFINITY = -1e30
 
 
 def forward(
@@ -31,7 +29,7 @@ def forward(
     rows_T = torch.zeros_like(problem.scale_T)
     if teacher_TV is not None:
         lnq_TV, lnp_TV = _compared(problem, student_TV, teacher_TV)
-        rows_T = rows_T + problem.kd_weight * _divergence(lnq_TV, lnp_TV, problem)
+        rows_T = rows_T + problem.kd_scale * _divergence(lnq_TV, lnp_TV, problem)
     if problem.ce_weight:
         targets_T1, unknown_T1 = _targets(problem)
         chosen_T1 = student_TV.log_softmax(-1).gather(1, targets_T1) + unknown_T1
@@ -68,7 +66,7 @@ def _dlogits(problem: Problem, drows_T: Tensor) -> Tensor:
     dstudent_TV = torch.zeros_like(student_TV)
     if teacher_TV is not None:
         lnq_TV, lnp_TV = _compared(problem, student_TV, teacher_TV)
-        c_T1 = scale_T1 * (problem.kd_weight / problem.temperature)
+        c_T1 = scale_T1 * (problem.kd_scale / problem.temperature)
         dstudent_TV[:, : problem.compared] = c_T1 * _ddivergence(lnq_TV, lnp_TV, problem)
     if problem.ce_weight:
         targets_T1, unknown_T1 = _targets(problem)
@@ -86,12 +84,12 @@ def _clean(hidden: Tensor, problem: Problem) -> Tensor:
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
     logits = _clean(hidden, problem) @ weight.to(problem.wide).T
     logits = logits if bias is None else logits + bias.to(problem.wide)
-    return torch.where(logits <= MINUS_INFINITY, -torch.inf, logits)
+    return torch.where(logits <= MISSING, -torch.inf, logits)
 
 
 def _logits(problem: Problem) -> tuple[Tensor, Tensor | None]:
     student = _project(problem.student_hidden, problem.student_weight, problem.student_bias, problem)
-    if problem.teacher_hidden is None or problem.teacher_weight is None or not problem.kd_weight:
+    if problem.teacher_hidden is None or problem.teacher_weight is None or not problem.kd_scale:
         return student, None
     return student, _project(
         problem.teacher_hidden, problem.teacher_weight, problem.teacher_bias, problem
@@ -109,7 +107,6 @@ def _targets(problem: Problem) -> tuple[Tensor, Tensor]:
     """Labels [T, 1], 0 where masked or unknown; and what to add to a row: NaN where unknown, else 0."""
     assert problem.labels is not None, "the door lets ce_weight != 0 pass only with labels"
     V = problem.student_weight.shape[0]
-    refuse_unknown_labels(problem.labels, problem.scale_T, V, "fused_linear_kl_distillation")
     labels_T = torch.where(problem.scale_T != 0, problem.labels.long(), 0)
     known_T = (labels_T >= 0) & (labels_T < V)
     unknown_T = torch.where(known_T, 0.0, torch.nan).to(problem.wide)

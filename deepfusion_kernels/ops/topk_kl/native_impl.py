@@ -1,0 +1,40 @@
+"""The rows in C++: the vocabulary is swept once a direction, the kept ids are worked off beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..shared.kl_options import DIVERGENCES
+from .problem import FLOOR, Problem
+
+STATISTICS = 6
+TAILS = ("bucket", "zero", "renormalize")
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Rows [T] times their scale, and what backward needs of each, [T, 6]."""
+    if problem.labels is not None:
+        V = problem.student_ABV.shape[-1]
+        rows_T, statistics = torch.ops.deepfusion_native.topk_kl_forward(*_arguments(problem))
+    return rows_T, statistics
+
+
+def backward(problem: Problem, drows_T: Tensor, statistics: Tensor) -> Tensor:
+    """Gradient [A, B, V] in the logits' dtype."""
+    dstudent_ABV: Tensor = torch.ops.deepfusion_native.topk_kl_backward(
+        drows_T.contiguous(), statistics, *_arguments(problem)
+    )
+    return dstudent_ABV
+
+
+def _arguments(problem: Problem) -> tuple[Any, ...]:
+    student, ids, logprobs, labels = problem[:4]
+    if student.stride(-1) != 1 and student.shape[-1] > 1:
+        student = student.contiguous()
+    labels = None if labels is None else labels.long().contiguous()
+    modes = TAILS.index(problem.tail), DIVERGENCES.index(problem.divergence)
+    kept = ids.long().contiguous(), logprobs.to(torch.float64).contiguous()
+    return student, *kept, labels, problem.scale_T, *modes, *problem[7:], FLOOR
