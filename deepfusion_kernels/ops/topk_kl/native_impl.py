@@ -16,9 +16,7 @@ TAILS = ("bucket", "zero", "renormalize")
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Rows [T] times their scale, and what backward needs of each, [T, 6]."""
-    if problem.labels is not None:
-        V = problem.student_ABV.shape[-1]
-        rows_T, statistics = torch.ops.deepfusion_native.topk_kl_forward(*_arguments(problem))
+    rows_T, statistics = torch.ops.deepfusion_native.topk_kl_forward(*_arguments(problem))
     return rows_T, statistics
 
 
