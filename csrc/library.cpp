@@ -16,7 +16,7 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
   // fused_linear_kl
   m.def(
       "fused_linear_kl_accumulate(Tensor student, Tensor? teacher, Tensor? labels, Tensor scale, Tensor(a!) sums, "
-      "int first_column, bool own_sum, float temperature) -> ()");
+      "int first_column, bool own_sum, int divergence, float temperature) -> ()");
   m.def(
       "fused_linear_kl_jsd(Tensor student, Tensor teacher, Tensor scale, Tensor stats, Tensor(a!) sums, float beta, "
       "float temperature) -> ()");

@@ -81,27 +81,29 @@ int64_t label_of(const std::optional<Tensor>& labels, int64_t row, int64_t first
 
 template <typename W>
 void accumulate(const Tile<W>& tile, const std::optional<Tensor>& labels, double* all_sums,
-                int64_t first_column, bool own_sum, W inv_tau) {
+                int64_t first_column, bool own_sum, const RowOptions<W>& options) {
+  const auto in_place = [](const W* row) {
+    return [row](int64_t begin, int64_t, W*) { return row + begin; };
+  };
   for_rows(tile.rows, 4, [&](int64_t row) {
     if (tile.scales[row] == W(0)) return;
     alignas(64) W s_buffer[kBlock], t_buffer[kBlock];
-    const W* s = tile.student + row * tile.columns;
-    const W* t = tile.teacher + row * tile.compared;
+    const auto student = in_place(tile.student + row * tile.columns);
+    const auto teacher = in_place(tile.teacher + row * tile.compared);
     RowSums sums = load(all_sums + row * kNumSums);
     for (int64_t begin = 0; begin < tile.columns;) {
       const int64_t end = begin < tile.compared ? tile.compared : tile.columns;
       const int64_t count = std::min(kBlock, end - begin);
-      const Extent<W> of_s = clean_block(s + begin, count, s_buffer);
+      const Block<W> of_s = load_block(student, begin, count, s_buffer);
       if (begin < tile.compared) {
-        const Extent<W> of_t = clean_block(t + begin, count, t_buffer);
-        const auto block = kl_block(s_buffer, t_buffer, count, of_s, of_t, inv_tau);
-        sums.kd = merge(sums.kd, block, double(inv_tau));
+        const Block<W> of_t = load_block(teacher, begin, count, t_buffer);
+        sums.kd = merge(sums.kd, kl_sums(of_s, of_t, count, options), double(options.inv_tau));
       }
-      if (own_sum) sums.at_one = merge(sums.at_one, exp_sum(s_buffer, count, of_s.max, W(1)), 1.0);
+      if (own_sum) sums.at_one = merge(sums.at_one, exp_sum(of_s, count, W(1)), 1.0);
       begin += count;
     }
     const int64_t label = label_of(labels, row, first_column);
-    if (label >= 0 && label < tile.columns) sums.chosen = s[label];
+    if (label >= 0 && label < tile.columns) sums.chosen = tile.student[row * tile.columns + label];
     store(sums, all_sums + row * kNumSums);
   });
 }
@@ -191,11 +193,12 @@ RowOptions<W> options_of(int64_t divergence, double beta, double temperature, bo
 void fused_linear_kl_accumulate_cpu(const Tensor& student, const std::optional<Tensor>& teacher,
                                     const std::optional<Tensor>& labels, const Tensor& scale,
                                     Tensor sums, int64_t first_column, bool own_sum,
-                                    double temperature) {
+                                    int64_t divergence, double temperature) {
   double* to = sums.mutable_data_ptr<double>();
   THO_DISPATCH_V2(student.scalar_type(), "fused_linear_kl_accumulate", AT_WRAP([&] {
                     accumulate<scalar_t>(Tile<scalar_t>(student, teacher, scale), labels, to,
-                                         first_column, own_sum, scalar_t(1.0 / temperature));
+                                         first_column, own_sum,
+                                         options_of<scalar_t>(divergence, 0.5, temperature, false));
                   }),
                   ScalarType::Float, ScalarType::Double);
 }

@@ -91,14 +91,6 @@ void widen(const T* from, int64_t count, wide_t<T>* to) {
   for (int64_t v = 0; v < count; ++v) to[v] = clean(to_wide(from[v]));
 }
 
-template <typename W>
-W maximum(const W* x, int64_t count) {
-  W max = W(kMissing);
-#pragma omp simd reduction(max : max)
-  for (int64_t v = 0; v < count; ++v) max = x[v] > max ? x[v] : max;
-  return max;
-}
-
 // Sums over the columns outside the kept ones, at the temperature and at 1; l = 0 where none is
 // left.
 struct Outside {
@@ -115,10 +107,10 @@ Outside sum_outside(const T* s, int64_t columns, const Kept& kept, const Options
     const int64_t count = std::min(kBlock, columns - begin);
     widen(s + begin, count, buffer);
     kept.in_block(begin, [&](int64_t v) { buffer[v] = W(kMissing); });
-    const W m = maximum(buffer, count);
-    const auto block = exp_sum(buffer, count, m, W(options.inv_tau));
-    outside.at_tau = merge(outside.at_tau, block, options.inv_tau);
-    if (own_one) outside.at_one = merge(outside.at_one, exp_sum(buffer, count, m, W(1)), 1.0);
+    const Block<W> block = {buffer, extent<W>(buffer, count).max, false};
+    const auto sum = exp_sum(block, count, W(options.inv_tau));
+    outside.at_tau = merge(outside.at_tau, sum, options.inv_tau);
+    if (own_one) outside.at_one = merge(outside.at_one, exp_sum(block, count, W(1)), 1.0);
   }
   if (!own_one) outside.at_one = outside.at_tau;
   // NOTE: missing columns count e^0 each as long as no other is there; NaN stays.

@@ -24,10 +24,18 @@ def teacher_of(T: int, V: int, K: int, tau: float = 1.0) -> tuple[Tensor, Tensor
 
 
 def by_torch(
-    logits: Tensor, ids: Tensor, logprobs: Tensor, tail: str, divergence: str, beta: float, tau: float
+    logits: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    tail: str,
+    divergence: str,
+    beta: float,
+    tau: float,
 ) -> Tensor:
     """KD rows in torch's own functions; ids distinct and inside."""
-    lnq = ((logits / tau) if tail == "renormalize" else (logits / tau).log_softmax(-1)).gather(1, ids)
+    lnq = ((logits / tau) if tail == "renormalize" else (logits / tau).log_softmax(-1)).gather(
+        1, ids
+    )
     if tail == "renormalize":
         lnq, logprobs = lnq.log_softmax(-1), logprobs.log_softmax(-1)
     if tail == "bucket":
@@ -41,10 +49,14 @@ def by_torch(
         return F.kl_div(logprobs, lnq, log_target=True, reduction="none").sum(-1)
     m = (beta * logprobs.exp() + (1 - beta) * lnq.exp()).log()
     of_teacher = F.kl_div(m, logprobs, log_target=True, reduction="none").sum(-1)
-    return beta * of_teacher + (1 - beta) * F.kl_div(m, lnq, log_target=True, reduction="none").sum(-1)
+    return beta * of_teacher + (1 - beta) * F.kl_div(m, lnq, log_target=True, reduction="none").sum(
+        -1
+    )
 
 
-def gradient(logits: Tensor, *teacher: Tensor, upstream: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+def gradient(
+    logits: Tensor, *teacher: Tensor, upstream: Tensor, **options: object
+) -> tuple[Tensor, Tensor]:
     logits = logits.detach().requires_grad_()
     rows = topk_kl_distillation(logits, *teacher, reduction="none", **options)
     rows.backward(upstream.to(rows.dtype))
@@ -76,17 +88,33 @@ def test_reference_is_the_gradient_of_its_second_spelling(tail: str, divergence:
 def test_rows_and_gradient_within_budget(
     tail: str, divergence: str, dtype: torch.dtype, backend: str, poisoned_memory: None
 ) -> None:
-    for T, V, K, tau, beta, ce in ((3, 33, 1, 0.5, 0.1, 0.0), (5, 4097, 40, 2.0, 0.9, 0.7), (2, 1, 1, 1.0, 0.5, 0.5)):
+    for T, V, K, tau, beta, ce in (
+        (3, 33, 1, 0.5, 0.1, 0.0),
+        (5, 4097, 40, 2.0, 0.9, 0.7),
+        (2, 1, 1, 1.0, 0.5, 0.5),
+    ):
         logits = (3 * torch.randn(T, V)).to(dtype)
         ids, logprobs = teacher_of(T, V, K, tau)
         logprobs = logprobs if dtype == torch.float64 else logprobs.float()
         upstream = torch.rand(T).double() + 0.5
-        options = {"tail": tail, "divergence": divergence, "beta": beta, "temperature": tau, "ce_weight": ce}
+        options = {
+            "tail": tail,
+            "divergence": divergence,
+            "beta": beta,
+            "temperature": tau,
+            "ce_weight": ce,
+        }
         labels = torch.randint(V, (T,)) if ce else None
         teacher = (ids, logprobs, labels) if ce else (ids, logprobs)
         rows, found = gradient(logits, *teacher, upstream=upstream, backend=backend, **options)
         truth = gradient(
-            logits.double(), ids, logprobs.double(), *teacher[2:], upstream=upstream, backend="reference", **options
+            logits.double(),
+            ids,
+            logprobs.double(),
+            *teacher[2:],
+            upstream=upstream,
+            backend="reference",
+            **options,
         )
         wide = logits if dtype == torch.float64 else logits.float()
         wide = wide.detach().requires_grad_()
@@ -107,7 +135,13 @@ def test_all_tokens_kept_equals_dense(divergence: str, backend: str) -> None:
     ids, logprobs = teacher_of(6, 50, 50)
     for tail in ("bucket", "renormalize"):
         rows = topk_kl_distillation(
-            logits, ids, logprobs, tail=tail, divergence=divergence, reduction="none", backend=backend
+            logits,
+            ids,
+            logprobs,
+            tail=tail,
+            divergence=divergence,
+            reduction="none",
+            backend=backend,
         )
         dense = by_torch(logits, ids, logprobs, "renormalize", divergence, 0.5, 1.0)
         torch.testing.assert_close(rows, dense, rtol=0, atol=3e-6)
@@ -115,7 +149,10 @@ def test_all_tokens_kept_equals_dense(divergence: str, backend: str) -> None:
 
 @pytest.mark.parametrize("tail,divergence", KINDS)
 def test_padding_and_repeated_ids_add_nothing(tail: str, divergence: str, backend: str) -> None:
-    logits, options = torch.randn(3, 20), {"tail": tail, "divergence": divergence, "backend": backend}
+    logits, options = (
+        torch.randn(3, 20),
+        {"tail": tail, "divergence": divergence, "backend": backend},
+    )
     ids, logprobs = teacher_of(3, 20, 4)
     logprobs = logprobs.float()
     more = torch.cat([ids, torch.tensor([[-1, 20, 2**31 - 1]] * 3), ids[:, :2]], 1)
@@ -141,7 +178,9 @@ def test_a_row_of_padding_has_no_loss(tail: str, divergence: str, backend: str) 
 def test_teacher_mass_above_one_stays_finite(backend: str) -> None:
     ids, logprobs = teacher_of(4, 30, 5)
     logprobs = (logprobs.log_softmax(-1) + 1e-3).float()
-    rows, found = gradient(torch.randn(4, 30), ids, logprobs, upstream=torch.ones(4), backend=backend)
+    rows, found = gradient(
+        torch.randn(4, 30), ids, logprobs, upstream=torch.ones(4), backend=backend
+    )
     assert rows.isfinite().all()
     assert found.isfinite().all()
 
@@ -149,7 +188,12 @@ def test_teacher_mass_above_one_stays_finite(backend: str) -> None:
 def test_zero_tail_may_be_negative(backend: str) -> None:
     ids, logprobs = torch.tensor([[0, 1]]), torch.tensor([[0.1, 0.1]]).log()
     rows = topk_kl_distillation(
-        torch.tensor([[9.0, 9.0, 0.0]]), ids, logprobs, tail="zero", reduction="none", backend=backend
+        torch.tensor([[9.0, 9.0, 0.0]]),
+        ids,
+        logprobs,
+        tail="zero",
+        reduction="none",
+        backend=backend,
     )
     assert rows[0] < -0.1
 
@@ -178,18 +222,31 @@ def test_masked_rows_are_never_read(backend: str, poisoned_memory: None) -> None
     loss.backward()
     kept = [0, 3]
     rows = topk_kl_distillation(
-        logits[kept], ids[kept], logprobs[kept].float(), labels[kept], ce_weight=1.0, reduction="none", backend=backend
+        logits[kept],
+        ids[kept],
+        logprobs[kept].float(),
+        labels[kept],
+        ce_weight=1.0,
+        reduction="none",
+        backend=backend,
     )
     torch.testing.assert_close(loss, (rows * weight[kept]).sum() / 4)
     assert logits.grad is not None
     assert (logits.grad[1:3] == 0).all()
-    none = topk_kl_distillation(logits, ids, logprobs.float(), torch.full((4,), -100), backend=backend)
+    none = topk_kl_distillation(
+        logits, ids, logprobs.float(), torch.full((4,), -100), backend=backend
+    )
     assert none == 0
 
 
 def test_infinities_stay_in_their_row(backend: str) -> None:
     logits = torch.randn(5, 6)
-    logits[0, 0], logits[1], logits[2, 3], logits[4, 5] = -torch.inf, -torch.inf, torch.nan, -torch.inf
+    logits[0, 0], logits[1], logits[2, 3], logits[4, 5] = (
+        -torch.inf,
+        -torch.inf,
+        torch.nan,
+        -torch.inf,
+    )
     ids = torch.arange(2).expand(5, 2)
     logprobs = torch.full((5, 2), 0.25).log()
     rows = topk_kl_distillation(logits, ids, logprobs, reduction="none", backend=backend)
@@ -201,15 +258,25 @@ def test_infinities_stay_in_their_row(backend: str) -> None:
 def test_slices_and_leading_dimensions(backend: str) -> None:
     logits, (ids, logprobs) = torch.randn(2, 5, 7), teacher_of(8, 7, 3)
     ids, logprobs = ids.view(2, 4, 3), logprobs.view(2, 4, 3).float()
-    for view in (logits[:, :-1], logits.transpose(0, 1)[:4].transpose(0, 1), logits[:, 1:, :].clone()):
+    for view in (
+        logits[:, :-1],
+        logits.transpose(0, 1)[:4].transpose(0, 1),
+        logits[:, 1:, :].clone(),
+    ):
         rows, found = gradient(view, ids, logprobs, upstream=torch.ones(2, 4), backend=backend)
         flat, wanted = gradient(
-            view.reshape(8, 7), ids.view(8, 3), logprobs.view(8, 3), upstream=torch.ones(8), backend=backend
+            view.reshape(8, 7),
+            ids.view(8, 3),
+            logprobs.view(8, 3),
+            upstream=torch.ones(8),
+            backend=backend,
         )
         assert torch.equal(rows.view(8), flat)
         assert torch.equal(found.view(8, 7), wanted)
     single = topk_kl_distillation(logits[0, 0], ids[0, 0], logprobs[0, 0], backend=backend)
-    assert torch.equal(single, topk_kl_distillation(logits[:1, 0], ids[:1, 0], logprobs[:1, 0], backend=backend))
+    assert torch.equal(
+        single, topk_kl_distillation(logits[:1, 0], ids[:1, 0], logprobs[:1, 0], backend=backend)
+    )
     empty = torch.randn(0, 7, requires_grad=True)
     loss = topk_kl_distillation(empty, ids.view(8, 3)[:0], logprobs.view(8, 3)[:0], backend=backend)
     loss.backward()
@@ -233,9 +300,15 @@ def test_two_backwards_agree_and_a_second_derivative_is_refused(backend: str) ->
     [
         ({"tail": "drop"}, "tail must be one of"),
         ({"tail": "zero", "divergence": "jsd"}, "divergence with tail 'zero' must be"),
-        ({"teacher_ids": torch.zeros(2, 2, dtype=torch.int64)}, r"teacher_ids must be \[..., K\] = \[3, 2\]"),
+        (
+            {"teacher_ids": torch.zeros(2, 2, dtype=torch.int64)},
+            r"teacher_ids must be \[..., K\] = \[3, 2\]",
+        ),
         ({"teacher_ids": torch.zeros(3, 2)}, "teacher_ids must have dtype int64, int32"),
-        ({"teacher_logprobs": torch.zeros(3, 2, requires_grad=True)}, "teacher_logprobs must be detached"),
+        (
+            {"teacher_logprobs": torch.zeros(3, 2, requires_grad=True)},
+            "teacher_logprobs must be detached",
+        ),
         ({"teacher_ids": None}, "teacher_ids must be given when"),
         ({"ce_weight": 1.0}, "labels must be given when"),
         ({"ce_weight": 1.0, "labels": torch.tensor([0, 8, 1])}, r"labels must be in .* = \[0, 8\)"),

@@ -11,7 +11,14 @@ from ...cases import Case
 
 
 def _make(
-    device: torch.device, dtype: torch.dtype, seed: int, T: int, V: int, D_s: int, D_t: int, **options: Any
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    T: int,
+    V: int,
+    D_s: int,
+    D_t: int,
+    **options: Any,
 ) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
 
@@ -35,7 +42,9 @@ def _make(
     return arguments | options
 
 
-def _case(name: str, T: int, V: int, D_s: int, D_t: int, quick: bool = False, **options: Any) -> Case:
+def _case(
+    name: str, T: int, V: int, D_s: int, D_t: int, quick: bool = False, **options: Any
+) -> Case:
     teacher = 0 if options.get("kd_weight") == 0 else D_t
 
     def make(device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Any]:
@@ -51,8 +60,20 @@ def _case(name: str, T: int, V: int, D_s: int, D_t: int, quick: bool = False, **
 
 CASES: tuple[Case, ...] = (
     _case("T5-V33-D7", 5, 33, 7, 7, quick=True),
-    _case("T9-V40-D8-mixed", 9, 40, 8, 5, quick=True, ce_weight=0.5, temperature=2.0, chunk_bytes=600),
-    _case("T6-V21-D4-jsd", 6, 21, 4, 4, quick=True, divergence="jsd", reduction="sum", chunk_bytes=99999),
+    _case(
+        "T9-V40-D8-mixed", 9, 40, 8, 5, quick=True, ce_weight=0.5, temperature=2.0, chunk_bytes=600
+    ),
+    _case(
+        "T6-V21-D4-jsd",
+        6,
+        21,
+        4,
+        4,
+        quick=True,
+        divergence="jsd",
+        reduction="sum",
+        chunk_bytes=99999,
+    ),
     _case("T1024-V2048-D192-demo", 1024, 2048, 192, 128, ce_weight=0.5),
     _case("T1024-V2048-D192-ce", 1024, 2048, 192, 128, kd_weight=0.0, ce_weight=1.0),
     _case("T512-V32000-D512", 512, 32000, 512, 512),

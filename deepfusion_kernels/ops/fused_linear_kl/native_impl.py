@@ -1,9 +1,9 @@
 """Tiles of float32 logits by the library's GEMM, their rows by C++.
 
-    losses only      the vocabulary slice by slice: sums of each row, merged across slices
-    backward         the same slices again, now with the rows' statistics: dS in place of the logits,
-                     dhidden += dS W_slice, dW_slice = dS^T hidden, finished before the next slice
-    both in forward  chunk of rows by chunk: whole rows of logits, so that nothing is projected twice
+losses only      the vocabulary slice by slice: sums of each row, merged across slices
+backward         the same slices again, now with the rows' statistics: dS in place of the logits,
+                 dhidden += dS W_slice, dW_slice = dS^T hidden, finished before the next slice
+both in forward  chunk of rows by chunk: whole rows of logits, so that nothing is projected twice
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class Rows:
     def __init__(self, problem: Problem, tile: tuple[int, int]) -> None:
         self.problem, self.T = problem, problem.scale_T.shape[0]
         self.student = Head(problem, "student", problem.columns, tile)
-        self.teacher = Head(problem, "teacher", problem.compared, tile) if problem.compared else None
+        self.teacher = (
+            Head(problem, "teacher", problem.compared, tile) if problem.compared else None
+        )
         self.blocks = [slice(*span) for span in spans(0, self.T, tile[0])]
         self.slices = list(spans(0, problem.columns, tile[1]))
         self.divergence = DIVERGENCES.index(problem.divergence)
@@ -103,10 +105,13 @@ class Rows:
         sums[:, [0, 2, 8]] = MISSING
         for begin, end in self.slices:
             for block in blocks:
-                tiles, local = self.project(block, begin, end), slice(block.start - first, block.stop - first)
+                tiles, local = (
+                    self.project(block, begin, end),
+                    slice(block.start - first, block.stop - first),
+                )
                 _native.fused_linear_kl_accumulate(
                     *tiles, self._labels(block), scale_T[local], sums[local], begin,
-                    self.own_sum, problem.temperature,
+                    self.own_sum, self.divergence, problem.temperature,
                 )  # fmt: skip
         found = self._finish(sums, scale_T)
         if problem.divergence != "jsd" or not problem.compared:

@@ -97,9 +97,7 @@ def fused_linear_kl_distillation(
     return loss if in_forward else loss.sum()
 
 
-def _expect_side(
-    side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[int, int]:
+def _expect_side(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
     """Vocabulary and width of one side."""
     (D,) = expect(hidden, OP, f"{side}_hidden", "... D")
     V, _ = expect(weight, OP, f"{side}_weight", "V D", D=D, dtype=hidden.dtype, like=hidden)
@@ -109,7 +107,11 @@ def _expect_side(
 
 
 def _teacher(
-    student: Tensor, V: int | None, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    student: Tensor,
+    V: int | None,
+    hidden: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """The teacher's tensors, rows flattened: at the student's tokens, of its vocabulary V, constant."""
     if hidden is None or weight is None:
@@ -146,7 +148,9 @@ def _chunk_bytes(asked: int | None, problem: Problem) -> int:
 def _wants(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Wants:
     enabled = torch.is_grad_enabled()
     with_bias = bias is not None and bias.requires_grad
-    return Wants(enabled and hidden.requires_grad, enabled and weight.requires_grad, enabled and with_bias)
+    return Wants(
+        enabled and hidden.requires_grad, enabled and weight.requires_grad, enabled and with_bias
+    )
 
 
 @torch.library.custom_op("deepfusion::fused_linear_kl", mutates_args=())
@@ -272,7 +276,9 @@ def _autograd(ctx: Any, dloss: Tensor, *unused: Tensor | None) -> tuple[Tensor |
         found = [_scale(tensor, dloss, dtype) if want else None for want, tensor, dtype in kept]
     else:
         gradients = _backward(dloss, *ctx.saved_tensors, *ctx.options, *wants, ctx.backend)
-        found = [gradient if want else None for want, gradient in zip(wants, gradients, strict=True)]
+        found = [
+            gradient if want else None for want, gradient in zip(wants, gradients, strict=True)
+        ]
     return *found, *(None,) * 17
 
 

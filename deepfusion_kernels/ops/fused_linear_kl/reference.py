@@ -1,12 +1,12 @@
 """Distillation through two linear heads, logits whole, in float32 or float64.
 
-    s = hidden W^T + b,  x = s / tau,  q = softmax(x);   t, y, p alike for the teacher
-    forward_kl  KD = sum p (ln p - ln q)          dKD/dx = q - p
-    reverse_kl  KD = sum q (ln q - ln p)          dKD/dx = q (ln q - ln p - KD)
-    jsd         KD = beta KL(p|m) + (1-beta) KL(q|m),  m = beta p + (1-beta) q
-                                                  dKD/dx = (1-beta) q (v - sum q v),  v = ln q - ln m
-    CE   = logsumexp(s) - s[label]                dCE/ds = softmax(s) - onehot(label)
-    row  = scale (kd_weight KD + ce_weight CE)    dhidden = dS W,  dW = dS^T hidden,  db = sum_t dS
+s = hidden W^T + b,  x = s / tau,  q = softmax(x);   t, y, p alike for the teacher
+forward_kl  KD = sum p (ln p - ln q)          dKD/dx = q - p
+reverse_kl  KD = sum q (ln q - ln p)          dKD/dx = q (ln q - ln p - KD)
+jsd         KD = beta KL(p|m) + (1-beta) KL(q|m),  m = beta p + (1-beta) q
+                                              dKD/dx = (1-beta) q (v - sum q v),  v = ln q - ln m
+CE   = logsumexp(s) - s[label]                dCE/ds = softmax(s) - onehot(label)
+row  = scale (kd_weight KD + ce_weight CE)    dhidden = dS W,  dW = dS^T hidden,  db = sum_t dS
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: Probl
 
 
 def _logits(problem: Problem) -> tuple[Tensor, Tensor | None]:
-    student = _project(problem.student_hidden, problem.student_weight, problem.student_bias, problem)
+    student = _project(
+        problem.student_hidden, problem.student_weight, problem.student_bias, problem
+    )
     if problem.teacher_hidden is None or problem.teacher_weight is None or not problem.kd_scale:
         return student, None
     return student, _project(

@@ -24,7 +24,9 @@ def plan(problem: Problem, whole_rows: bool) -> tuple[int, int]:
     T, sides = problem.scale_T.shape[0], 2 if problem.compared else 1
     if whole_rows:
         columns = max(problem.columns + problem.compared, 1)
-        return min(T, max(1, problem.chunk_bytes // (columns * problem.wide.itemsize))), problem.columns
+        return min(
+            T, max(1, problem.chunk_bytes // (columns * problem.wide.itemsize))
+        ), problem.columns
     numbers = max(1, problem.chunk_bytes // (sides * problem.wide.itemsize))
     # square tiles: the GEMMs then read the least for what they compute
     rows = max(1, min(T, isqrt(numbers)))

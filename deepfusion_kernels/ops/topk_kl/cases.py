@@ -34,9 +34,13 @@ def _case(name: str, T: int, V: int, K: int, quick: bool = False, **options: Any
 
 CASES: tuple[Case, ...] = (
     _case("T5-V33-K4", 5, 33, 4, quick=True),
-    _case("T7-V20-K3-mixed", 7, 20, 3, quick=True, ce_weight=0.5, temperature=2.0, divergence="jsd"),
+    _case(
+        "T7-V20-K3-mixed", 7, 20, 3, quick=True, ce_weight=0.5, temperature=2.0, divergence="jsd"
+    ),
     _case("T4-V9-K2-zero", 4, 9, 2, quick=True, tail="zero", reduction="sum"),
-    _case("T6-V11-K5-renormalize", 6, 11, 5, quick=True, tail="renormalize", divergence="reverse_kl"),
+    _case(
+        "T6-V11-K5-renormalize", 6, 11, 5, quick=True, tail="renormalize", divergence="reverse_kl"
+    ),
     _case("T512-V32000-K64", 512, 32000, 64),
     _case("T512-V151936-K256", 512, 151936, 256),
 )

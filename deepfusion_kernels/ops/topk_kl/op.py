@@ -61,7 +61,9 @@ def topk_kl_distillation(
         _kept(student_logits, teacher_ids, teacher_logprobs)
         if options.with_kd
         # a teacher that is not read has kept nothing
-        else (student_logits.new_empty((lead.numel(), 0), dtype=kind) for kind in (torch.int64, None))
+        else (
+            student_logits.new_empty((lead.numel(), 0), dtype=kind) for kind in (torch.int64, None)
+        )
     )
     wide = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
     rows_T, _ = _forward(
@@ -128,7 +130,9 @@ def _forward(
 @_forward.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor]:
     scale_T = Problem(*args[:-1]).scale_T
-    return torch.empty_like(scale_T), scale_T.new_empty((scale_T.shape[0], IMPLS[args[-1]].STATISTICS))
+    return torch.empty_like(scale_T), scale_T.new_empty(
+        (scale_T.shape[0], IMPLS[args[-1]].STATISTICS)
+    )
 
 
 @torch.library.custom_op("deepfusion::topk_kl_backward", mutates_args=())

@@ -1,11 +1,11 @@
 """Distillation from the K kept tokens of each teacher row, in float32 or float64.
 
-    q = softmax(s / tau),  S the kept ids,  P_S = sum_S p,  o = everything outside S
-    bucket       divergence between (p_S, p_o) and (q_S, q_o),  p_o = 1 - P_S,  q_o = 1 - sum_S q
-                 on S: H_k - q_k H,  off S: q_i (H_o / q_o - H),  H = sum H_k
-    zero         sum_S p (ln p - ln q);              on S: P_S q - p,  off S: P_S q
-    renormalize  divergence between softmax_S(ln p) and softmax_S(s / tau); on S: H_k - q_k H, off S: 0
-    H_k          forward_kl -p_k;  reverse_kl q_k (ln q_k - ln p_k - KD);  jsd (1 - beta) q_k (v_k - K_s)
+q = softmax(s / tau),  S the kept ids,  P_S = sum_S p,  o = everything outside S
+bucket       divergence between (p_S, p_o) and (q_S, q_o),  p_o = 1 - P_S,  q_o = 1 - sum_S q
+             on S: H_k - q_k H,  off S: q_i (H_o / q_o - H),  H = sum H_k
+zero         sum_S p (ln p - ln q);              on S: P_S q - p,  off S: P_S q
+renormalize  divergence between softmax_S(ln p) and softmax_S(s / tau); on S: H_k - q_k H, off S: 0
+H_k          forward_kl -p_k;  reverse_kl q_k (ln q_k - ln p_k - KD);  jsd (1 - beta) q_k (v_k - K_s)
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def backward(problem: Problem, drows_T: Tensor, statistics: Tensor) -> Tensor:
     scale_T1 = (drows_T * problem.scale_T)[:, None]
     dlogits_TV = torch.zeros_like(logits_TV)
     if problem.kd_scale:
-        dlogits_TV = scale_T1 * (problem.kd_scale / problem.temperature) * _slopes(problem, logits_TV)
+        dlogits_TV = (
+            scale_T1 * (problem.kd_scale / problem.temperature) * _slopes(problem, logits_TV)
+        )
     if problem.ce_weight:
         targets_T1, unknown_T1 = _targets(problem)
         q_TV = logits_TV.softmax(-1) + unknown_T1
