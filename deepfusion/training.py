@@ -6,14 +6,18 @@ Muon:   momentum -> nearest orthogonal matrix (Newton-Schulz) -> scaled to AdamW
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
+from deepfusion_kernels import kl_distillation
+
 from .checkpoints import StepCheckpoint
 from .config_tables import TrainingConfig
+from .data.batches import Packed, stream
 from .metrics import Recorder, progress
 from .models import build
 from .seeding import seed_for
@@ -174,6 +178,43 @@ def train_steps(
         module.eval()
 
 
+def train_causal_lm(
+    model: nn.Module,
+    packed: Packed,
+    schedule: TrainingConfig,
+    *,
+    stage: str,
+    seed: int,
+    recorder: Recorder,
+    checkpoint_path: Path | None = None,
+    kernels: str = "auto",
+) -> None:
+    """Trains a model in place on next-token cross entropy: devices, common starts, the base."""
+    matrices, rest = matrices_of(model)
+    optimizers = make_optimizer(
+        schedule.optimizer, matrices, rest, schedule.lr, schedule.weight_decay
+    )
+    device = next(model.parameters()).device
+    order = seed_for(seed, stage, "order")
+    checkpoint = None
+    if checkpoint_path is not None:
+        checkpoint = StepCheckpoint(checkpoint_path, schedule.checkpoint_steps)
+    train_steps(
+        {"model": model},
+        optimizers,
+        lambda start: stream(packed, schedule.batch_size, schedule.steps, order, start=start),
+        lambda ids, step: {"loss": cross_entropy(model, ids.to(device), kernels)},
+        schedule,
+        stage=stage,
+        seed=seed,
+        recorder=recorder,
+        checkpoint=checkpoint,
+    )
+    if checkpoint is not None:
+        # the caller keeps the trained weights; what was saved half-way must not outlive them
+        checkpoint.remove()
+
+
 def _backward(loss: Tensor, stage: str, step: int) -> None:
     if not torch.isfinite(loss):
         raise FloatingPointError(
@@ -183,7 +224,16 @@ def _backward(loss: Tensor, stage: str, step: int) -> None:
 
 
 def cross_entropy(model: nn.Module, ids: Tensor, kernels: str = "auto") -> Tensor:
-    """Mean over all next tokens of -ln P(x_t | x_<t); ids [B, L] int64 -> scalar float32."""
+    """Mean over all next tokens of -ln P(x_t | x_<t); ids [B, L] int64 -> scalar float32.
+
+    kernels: "auto", or "reference" for the plain torch path of the same op.
+    """
     hidden = build.backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
-    logits = F.linear(hidden[:, :-1], build.head_weight(model))
-    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+    return kl_distillation(
+        F.linear(hidden[:, :-1], build.head_weight(model)),
+        None,
+        ids[:, 1:],
+        kd_weight=0.0,
+        ce_weight=1.0,
+        backend=None if kernels == "auto" else kernels,
+    )

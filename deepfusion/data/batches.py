@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..seeding import generator
 from .documents import CorpusError, Document
@@ -72,31 +73,43 @@ def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> Tokens:
 
 
 def pack(
+    documents: Sequence[Document], tokenizer: Tokenizer, context_length: int, seed: int
+) -> Packed:
+    """Documents, shuffled and joined by eos, as full sequences.
+
+    Raises CorpusError where all documents together are shorter than one sequence.
+    """
+    return pack_tokens(documents, tokenize(documents, tokenizer), context_length, seed)
+
+
+def pack_tokens(
     documents: Sequence[Document],
-    tokenizer: Tokenizer,
+    tokens: Tokens,
     context_length: int,
     seed: int,
     copies: int = 1,
 ) -> Packed:
-    """Documents, shuffled and joined by eos, as full sequences.
+    """`pack` of documents that are tokenized already.
 
     With `copies` every document comes that often, each time among other neighbours: a small shard
     is learnt by its facts, not by its places.
-    Raises CorpusError where all documents together are shorter than one sequence.
     """
     draw = generator(seed, "pack")
-    order = [n for _ in range(copies) for n in torch.randperm(len(documents), generator=draw)]
-    tokens = tokenize([documents[int(n)] for n in order], tokenizer)
-    num_sequences = tokens.ids.numel() // context_length
+    order = torch.cat([torch.randperm(len(documents), generator=draw) for _ in range(copies)])
+    lengths = tokens.offsets.diff()
+    pieces = torch.split(tokens.ids, lengths.tolist())
+    ids = torch.cat([pieces[n] for n in order.tolist()])
+    num_sequences = ids.numel() // context_length
     if num_sequences == 0:
         raise CorpusError(
             f"pack: text must fill one sequence of {context_length} tokens, got "
-            f"{tokens.ids.numel()} tokens in {len(documents)} documents"
+            f"{ids.numel()} tokens in {len(documents)} documents"
         )
-    ids = tokens.ids[: num_sequences * context_length].view(num_sequences, context_length)
-    document = torch.stack(order)[_dominant(tokens.offsets, num_sequences, context_length)]
+    offsets = F.pad(lengths[order].cumsum(0), (1, 0))
+    document = order[_dominant(offsets, num_sequences, context_length)]
     domains = tuple(sorted({one.domain for one in documents}))
     of_document = torch.tensor([domains.index(one.domain) for one in documents])
+    ids = ids[: num_sequences * context_length].view(num_sequences, context_length)
     return Packed(ids, document, of_document[document], domains)
 
 

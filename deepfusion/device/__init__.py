@@ -1,0 +1,1 @@
+"""What happens on a device: its training, its embedding, its upload."""
