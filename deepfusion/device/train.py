@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..data.batches import Packed, pack, tokenize
+from ..data.batches import Packed, Tokens, pack_tokens, tokenize
 from ..data.corpora import fingerprint
 from ..data.documents import Document
 from ..data.encoding import Encoder
@@ -34,7 +34,7 @@ def common_start(
     recorder: Recorder,
     checkpoint_path: Path | None = None,
 ) -> dict[str, Tensor]:
-    """The state that all devices of an architecture begin with: `devices.init_steps` on public text.
+    """The state all devices of an architecture begin with: `devices.init_steps` on public text.
 
     A checkpoint's folder as architecture starts from its weights.
     """
@@ -85,10 +85,10 @@ def train_device(
     )
     build.load_state(model, start)
     model.to(config.run.device)
-    tokens = tokenize(documents, tokenizer).ids.numel()
+    tokens = tokenize(documents, tokenizer)
     train_causal_lm(
         model,
-        _packed(documents, tokens, tokenizer, config, seed),
+        _packed(documents, tokens, config, seed),
         config.devices,
         stage=device,
         seed=seed,
@@ -103,16 +103,14 @@ def train_device(
         base=start,
         base_revision=state_revision(start),
         embedding=embedding,
-        tokens=tokens,
+        tokens=tokens.ids.numel(),
         tokenizer_fingerprint=fingerprint(tokenizer),
         seed=seed,
     )
 
 
-def _packed(
-    documents: Sequence[Document], tokens: int, tokenizer: Any, config: Config, seed: int
-) -> Packed:
+def _packed(documents: Sequence[Document], tokens: Tokens, config: Config, seed: int) -> Packed:
     """As many orders of the shard as its training will read."""
-    wanted = config.devices.steps * config.devices.batch_size * config.data.context_length
-    copies = max(1, -(-max(wanted, config.data.context_length) // tokens))
-    return pack(documents, tokenizer, config.data.context_length, seed, copies)
+    length, total = config.data.context_length, tokens.ids.numel()
+    wanted = max(1, config.devices.steps * config.devices.batch_size) * length
+    return pack_tokens(documents, tokens, length, seed, copies=max(1, -(-wanted // total)))
