@@ -16,7 +16,8 @@ from typing import Any
 from ..config_tables import DataConfig
 from .documents import CorpusError, Document
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".parquet")
+_EMPTY = "{}: must hold at least one document, is empty"
 
 
 def read_file(path: Path, domain: str, split: str, text_column: str = "text") -> list[Document]:
@@ -29,13 +30,13 @@ def read_file(path: Path, domain: str, split: str, text_column: str = "text") ->
         _find_bad_line(path, columns)
         raise CorpusError(f"{path}: cannot be read ({type(error).__name__})") from error
     if not rows:
-        raise CorpusError(f"{path}: must hold at least one document, is empty")
+        raise CorpusError(_EMPTY.format(path))
     documents = []
     for number, row in enumerate(rows, 1):
-        texts = [row.get(column) for column in columns]
+        texts = [row.get(column) for column in columns] if isinstance(row, dict) else [None]
         if not all(isinstance(text, str) and text.strip() for text in texts):
             _find_bad_line(path, columns)
-            raise CorpusError(f"{path}: row {number}: {text_column!r} must be a text, not empty")
+            raise CorpusError(f"{path}: row {number}: {text_column!r} must be text, not empty")
         source = row.get("source") or f"{domain}/{split}/{number}"
         topic = row.get("topic") or domain
         documents.append(Document("\n".join(map(str, texts)), str(source), domain, str(topic)))
@@ -65,24 +66,27 @@ def _find_bad_line(path: Path, columns: list[str]) -> None:
     if path.suffix == ".parquet":
         return
     with path.open("rb") as lines:
+        filled = 0
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError:
-                raise CorpusError(f"{path}: line {number} must be a JSON object") from None
-            if not isinstance(row, dict):
-                raise CorpusError(
-                    f"{path}: line {number} must be a JSON object, got {type(row).__name__}"
-                )
-            for column in columns:
-                text = row.get(column)
-                if not isinstance(text, str) or not text.strip():
-                    got = "an empty one" if isinstance(text, str) else type(text).__name__
-                    raise CorpusError(
-                        f"{path}: line {number}: {column!r} must be a text, got {got}"
-                    )
+            if line.strip():
+                filled += 1
+                _check_line(f"{path}: line {number}", line, columns)
+    if not filled:
+        raise CorpusError(_EMPTY.format(path))
+
+
+def _check_line(where: str, line: bytes, columns: list[str]) -> None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        raise CorpusError(f"{where} must be a JSON object") from None
+    if not isinstance(row, dict):
+        raise CorpusError(f"{where} must be a JSON object, got {type(row).__name__}")
+    for column in columns:
+        text = row.get(column)
+        if not isinstance(text, str) or not text.strip():
+            got = "an empty one" if isinstance(text, str) else type(text).__name__
+            raise CorpusError(f"{where}: {column!r} must be text, got {got}")
 
 
 def read_folder(config: DataConfig, domain: str) -> dict[str, list[Document]]:
