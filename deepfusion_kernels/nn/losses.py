@@ -10,7 +10,7 @@ from ..ops.kl_distillation.op import kl_distillation
 
 
 class KLDistillationLoss(nn.Module):
-    """kl_distillation with its options fixed: KLDistillationLoss(temperature=2.0)(student, teacher).
+    """kl_distillation with its options fixed, as KLDistillationLoss(temperature=2.0).
 
     Options are the keywords of deepfusion_kernels.kl_distillation except row_weight, which is given
     with the tensors. Raises what the door raises, at the call.
