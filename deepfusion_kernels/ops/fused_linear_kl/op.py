@@ -20,6 +20,7 @@ from ..shared.kl_options import (
     check_rows,
     kl_options,
     refuse_bad_labels,
+    wide_dtype,
 )
 from ..shared.row_scale import row_scale
 from . import native_impl, reference
@@ -31,6 +32,7 @@ IMPLS = {"reference": reference, "cpu": native_impl}
 # below this a chunk's GEMMs no longer hide the traffic of the weight's gradient; docs/ops/fused_linear_kl.md
 MIN_CHUNK_ROWS = 128
 CPU_CHUNK_BYTES = 2 << 20
+Teacher = tuple[Tensor | None, Tensor | None, Tensor | None]
 GRAD_WEIGHT_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -73,23 +75,23 @@ def fused_linear_kl_distillation(
     expect_option(grad_weight_dtype, OP, "grad_weight_dtype", GRAD_WEIGHT_DTYPES)
     V, D = _expect_side("student", student_hidden, student_weight, student_bias)
     rows = check_rows(OP, student_hidden, labels, row_weight, ignore_index, ce_weight)
-    teacher: tuple[Tensor | None, ...] = (None, None, None)
+    teacher: Teacher = (None, None, None)
     if options.with_kd:
         widest = V if vocab_align == "error" else None
         teacher = _teacher(student_hidden, widest, teacher_hidden, teacher_weight, teacher_bias)
-    hidden_TD = student_hidden.reshape(-1, D) if D else student_hidden.flatten(0, -2)
+    hidden_TD = student_hidden.reshape(student_hidden.shape[:-1].numel(), D)
+    targets_T = rows.labels_T if options.with_ce else None
+    wide = wide_dtype(student_hidden, teacher[0])
     problem = Problem(
-        hidden_TD, student_weight, student_bias, *teacher,
-        rows.labels_T if options.with_ce else None, hidden_TD.new_empty(0), *options, 0,
+        hidden_TD, student_weight, student_bias, *teacher, targets_T,
+        row_scale(hidden_TD, rows, reduction, wide), options.divergence, options.beta,
+        options.temperature, options.kd_scale, options.ce_weight, 0,
     )  # fmt: skip
-    problem = problem._replace(
-        scale_T=row_scale(hidden_TD, rows, reduction, problem.wide),
-        chunk_bytes=_chunk_bytes(chunk_bytes, problem),
-    )
+    problem = problem._replace(chunk_bytes=_chunk_bytes(chunk_bytes, problem))
     in_forward = reduction != "none" and _holds_enough_rows(problem)
     wants = _wants(student_hidden, student_weight, student_bias)
     dtype = grad_weight_dtype or problem.wide
-    loss = _forward(
+    loss: Tensor = _forward(
         *problem, *wants, in_forward, dtype, backends.choose(backend, student_hidden, IMPLS)
     )[0]
     if reduction == "none":
@@ -112,7 +114,7 @@ def _teacher(
     hidden: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-) -> tuple[Tensor | None, ...]:
+) -> Teacher:
     """The teacher's tensors, rows flattened: at the student's tokens, of its vocabulary V, constant."""
     if hidden is None or weight is None:
         missing = "teacher_hidden" if hidden is None else "teacher_weight"
@@ -127,7 +129,7 @@ def _teacher(
     for tensor in (hidden, weight, bias):
         wants = torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         expect_that(not wants, OP, "the teacher", "detached", "requires_grad; pass .detach()")
-    return hidden.reshape(-1, D) if D else hidden.flatten(0, -2), weight, bias
+    return hidden.reshape(hidden.shape[:-1].numel(), D), weight, bias
 
 
 def _holds_enough_rows(problem: Problem) -> bool:
@@ -236,7 +238,8 @@ def _backward(
         labels, scale_T, divergence, beta, temperature, kd_scale, ce_weight, chunk_bytes,
     )  # fmt: skip
     wants = Wants(needs_dhidden, needs_dweight, needs_dbias)
-    return IMPLS[backend].backward(problem, drows_T, statistics, wants)
+    gradients: Gradients = IMPLS[backend].backward(problem, drows_T, statistics, wants)
+    return gradients
 
 
 @_backward.register_fake
@@ -269,8 +272,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         ctx.options = problem[8:]
 
 
-def _autograd(ctx: Any, dloss: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dloss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     wants = Wants(*ctx.needs_input_grad[:3])
+    if dloss is None:
+        return (None,) * 20
     if ctx.in_forward:
         kept = zip(wants, ctx.saved_tensors, ctx.dtypes, strict=True)
         found = [_scale(tensor, dloss, dtype) if want else None for want, tensor, dtype in kept]

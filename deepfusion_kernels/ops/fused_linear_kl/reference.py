@@ -130,7 +130,7 @@ def _mixture(lnq_TV: Tensor, lnp_TV: Tensor, beta: float) -> tuple[Tensor, Tenso
     """w = ln(m/p) and v = ln(q/m), stable where q and p are many orders apart."""
     d_TV = _difference(lnq_TV, lnp_TV)
     e_TV = torch.expm1(-d_TV.abs())
-    z_TV = torch.log1p(torch.where(d_TV >= 0, beta, 1 - beta) * e_TV)
+    z_TV = torch.log1p(torch.where(d_TV >= 0, beta * e_TV, (1 - beta) * e_TV))
     w_TV = torch.where(d_TV >= 0, d_TV + z_TV, z_TV)
     return w_TV, torch.where(d_TV >= 0, -z_TV, d_TV - z_TV)
 

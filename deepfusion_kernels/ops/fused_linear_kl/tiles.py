@@ -23,10 +23,8 @@ def plan(problem: Problem, whole_rows: bool) -> tuple[int, int]:
     """Rows and columns of a tile, so that chunk_bytes hold one of each side."""
     T, sides = problem.scale_T.shape[0], 2 if problem.compared else 1
     if whole_rows:
-        columns = max(problem.columns + problem.compared, 1)
-        return min(
-            T, max(1, problem.chunk_bytes // (columns * problem.wide.itemsize))
-        ), problem.columns
+        row_bytes = (problem.columns + problem.compared) * problem.wide.itemsize
+        return max(1, min(T, problem.chunk_bytes // row_bytes)), problem.columns
     numbers = max(1, problem.chunk_bytes // (sides * problem.wide.itemsize))
     # square tiles: the GEMMs then read the least for what they compute
     rows = max(1, min(T, isqrt(numbers)))

@@ -66,7 +66,7 @@ def topk_kl_distillation(
         )
     )
     wide = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
-    rows_T, _ = _forward(
+    rows_T: Tensor = _forward(
         _as_rows(student_logits),
         ids_TK,
         logprobs_TK,
@@ -75,7 +75,7 @@ def topk_kl_distillation(
         tail,
         *options,
         backends.choose(backend, student_logits, IMPLS),
-    )
+    )[0]
     return rows_T.reshape(lead) if reduction == "none" else rows_T.sum()
 
 

@@ -121,7 +121,8 @@ def _difference(lnp_TK: Tensor, lnq_TK: Tensor) -> Tensor:
 def _mixture(lnq_TK: Tensor, lnp_TK: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """w = ln(m/p) and v = ln(q/m), stable where q and p are many orders apart."""
     d_TK = _difference(lnq_TK, lnp_TK)
-    z_TK = torch.log1p(torch.where(d_TK >= 0, beta, 1 - beta) * torch.expm1(-d_TK.abs()))
+    e_TK = torch.expm1(-d_TK.abs())
+    z_TK = torch.log1p(torch.where(d_TK >= 0, beta * e_TK, (1 - beta) * e_TK))
     w_TK = torch.where(d_TK >= 0, d_TK + z_TK, z_TK)
     return w_TK, torch.where(d_TK >= 0, -z_TK, d_TK - z_TK)
 
