@@ -71,19 +71,22 @@ def whole(path: Path) -> Iterator[Path]:
     The body may write a file or make a folder there. Raises DiskFull.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + PARTIAL)
+    partial, stale = (path.with_name(path.name + end) for end in (PARTIAL, ".old" + PARTIAL))
     remove(partial)
+    remove(stale)
     try:
         with _one_sentence(path):
             yield partial
             for written in sorted(partial.rglob("*")) if partial.is_dir() else ():
                 _sync(written)
             _sync(partial)
+            # NOTE: a folder cannot be replaced in one step, and removing it takes many: it is moved
+            # aside first, so that a process killed here leaves it whole or absent, never thinned.
             if path.is_dir():
-                # NOTE: no folder is replaced in one step; killed here, it is absent and made again.
-                remove(path)
+                path.replace(stale)
             partial.replace(path)
             _sync(path.parent)
+            remove(stale)
     except BaseException:
         remove(partial)
         raise

@@ -146,9 +146,10 @@ def weigh_upload(
     """The rows of one package on disk: model, embedding, manifest, by the lengths of its files.
 
     A refused upload has been sent all the same: its bytes count, and count as wasted. Its manifest
-    is None if it could not be read.
+    is None if it could not be read; an upload that never came has no bytes.
     """
-    lengths = {path.name: path.lstat().st_size for path in folder.iterdir() if path.is_file()}
+    present = folder.iterdir() if folder.is_dir() else ()
+    lengths = {path.name: path.lstat().st_size for path in present if path.is_file()}
     parts = {
         "embedding": lengths.pop("embedding.bin", 0),
         "manifest": lengths.pop("manifest.json", 0),

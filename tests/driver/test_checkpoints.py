@@ -102,6 +102,35 @@ with files.whole(Path(sys.argv[1])) as partial:
     assert [one.name for one in tmp_path.iterdir()] == ["x.txt"]
 
 
+def test_process_killed_while_replacing_a_folder_leaves_none_or_a_whole_one(tmp_path: Path) -> None:
+    """Removing the old folder takes many steps: a kill among them must not leave a thinned one."""
+    body = """
+import os, shutil, signal, sys
+from pathlib import Path
+from deepfusion import files
+path = Path(sys.argv[1])
+def write(text):
+    with files.whole(path) as partial:
+        partial.mkdir()
+        for name in "abc":
+            (partial / name).write_text(text)
+write("old")
+def killed_half_way(folder):
+    (Path(folder) / "a").unlink()
+    os.kill(os.getpid(), signal.SIGKILL)
+shutil.rmtree = killed_half_way
+write("new")
+"""
+    ran = subprocess.run([sys.executable, "-c", body, tmp_path / "up"], check=False)
+    assert ran.returncode == -signal.SIGKILL
+    assert {path.name: path.read_text() for path in (tmp_path / "up").iterdir()} == dict.fromkeys(
+        "abc", "new"
+    )
+    with files.whole(tmp_path / "up") as partial:
+        partial.mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["up"]
+
+
 def test_model_folder_is_replaced_whole(tmp_path: Path) -> None:
     class Model:
         def __init__(self, name: str) -> None:

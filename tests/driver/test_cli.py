@@ -11,6 +11,7 @@ import pytest
 
 from deepfusion import cli, metrics
 from deepfusion.config import Config, load
+from deepfusion.files import DiskFull
 from deepfusion.messages import TooFewUploads, TransportFailed, UploadRefused
 from deepfusion.wire.expected import save_expected
 
@@ -79,6 +80,7 @@ def test_set_where_it_means_nothing_is_refused(tmp_path: Path, capsys: Captured)
         (ValueError("distill: loss is not finite"), 1),
         (OSError(errno.ENOENT, os.strerror(errno.ENOENT), "text.jsonl"), 1),
         (NotImplementedError("cuda: no such device"), 1),
+        (DiskFull("runs/demo/base: no space left on the disk"), 1),
         (TooFewUploads("5 of 6 uploads"), 3),
         (UploadRefused("device-07: no"), 4),
         (TransportFailed("finished:failed"), 5),

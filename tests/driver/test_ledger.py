@@ -67,6 +67,11 @@ def test_refused_upload_was_sent_all_the_same(tmp_path: Path) -> None:
     assert {row.status for row in ledger.transfers} == {"refused"}
 
 
+def test_upload_that_never_came_weighs_nothing(tmp_path: Path) -> None:
+    rows = weigh_upload(tmp_path / "nowhere", "d", None, status="refused")
+    assert [row.bytes_wire for row in rows] == [0, 0, 0]
+
+
 def test_impossible_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="direction must be 'up' or 'down', got 'sideways'"):
         Transfer("d", "sideways", "model", 1)

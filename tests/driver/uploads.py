@@ -1,14 +1,21 @@
-"""A toy architecture, a trained copy of it, and its package: what the tests of the wire share."""
+"""A toy architecture, its package, and the tools of a hostile device, for the wire's tests."""
 
+import hashlib
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deepfusion.messages import Manifest, TrainedDevice
+from deepfusion.messages import Manifest, TrainedDevice, UploadRefused
 from deepfusion.wire.expected import ArchitectureSpec, Expected
-from deepfusion.wire.package import state_revision, write_package
+from deepfusion.wire.gate import inspect
+from deepfusion.wire.package import MANIFEST, state_revision, write_package
 
 SHARD_BYTES = 4096
 DIMENSIONS = 16
@@ -70,3 +77,39 @@ def expected(codec: str = "delta-int8", max_update_norm: float = 0.0) -> Expecte
 def packed(folder: Path, codec: str = "delta-int8", **changes: object) -> Manifest:
     """Write the toy device's package; `changes` replace fields of what was trained."""
     return write_package(replace(trained(), **changes), folder, codec, SHARD_BYTES)  # type: ignore[arg-type]
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    """Change facts of the manifest, as a hostile device would."""
+    facts = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**facts, **changes}))
+
+
+def reseal(folder: Path) -> None:
+    """Make the manifest's lengths and hashes true again after the files were changed."""
+    shards = []
+    for path in sorted(folder.glob("*.safetensors")):
+        content = path.read_bytes()
+        sha256 = hashlib.sha256(content).hexdigest()
+        shards.append({"name": path.name, "bytes": len(content), "sha256": sha256})
+    embedding = hashlib.sha256((folder / "embedding.bin").read_bytes()).hexdigest()
+    rewrite(folder, shards=shards, embedding_sha256=embedding)
+
+
+def edit_shard(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object], key: str) -> None:
+    """Change the tensors of the shard that holds `key`."""
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(path)
+        if key in tensors:
+            edit(tensors)
+            save_file(tensors, path)
+            reseal(folder)
+            return
+    raise AssertionError(f"no shard holds {key}")
+
+
+def assert_refused(folder: Path, wanted: str, **limits: Any) -> None:
+    with pytest.raises(UploadRefused, match=wanted) as caught:
+        inspect(folder, replace(expected(), **limits), "device-00")
+    assert str(caught.value).startswith("device-00: ")
+    assert str(caught.value).endswith("; refused, see audit.jsonl")
