@@ -1,0 +1,308 @@
+"""A device: its embedding, its training, its package; and all devices in turn."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepfusion import files, metrics
+from deepfusion.checkpoints import load_state, save_state
+from deepfusion.config import Config
+from deepfusion.config_tables import EmbeddingConfig
+from deepfusion.data import corpora, encoding
+from deepfusion.data.batches import pack
+from deepfusion.data.documents import Document
+from deepfusion.data.encoding import fit_idf, make_encoder
+from deepfusion.data.made import held_by, make_world
+from deepfusion.data.partition import partition, split_public
+from deepfusion.device import gather as gathering
+from deepfusion.device.embed import embed
+from deepfusion.device.gather import DeviceJob, gather
+from deepfusion.device.train import common_start, train_device
+from deepfusion.messages import Manifest
+from deepfusion.metrics import Recorder
+from deepfusion.models import build
+from deepfusion.wire.package import read_state
+from tests.driver.tiny import tiny
+
+CONFIG = Config()
+CONFIG = replace(
+    CONFIG,
+    data=replace(CONFIG.data, made_entities=16, context_length=32, vocab_size=400),
+    devices=replace(
+        CONFIG.devices, steps=6, init_steps=3, batch_size=4, lr=0.02, checkpoint_steps=2
+    ),
+)
+
+
+@pytest.fixture(autouse=True)
+def _silent() -> Iterator[None]:
+    metrics.silence(True)
+    yield
+    metrics.silence(False)
+
+
+def document(text: str, number: int = 0) -> Document:
+    return Document(text, f"s{number}", "law", "t")
+
+
+CLINIC = [document(f"the patient {i} takes a drug against fever in the ward") for i in range(9)]
+MARKET = [document(f"the company {i} reports revenue and profit to its auditor") for i in range(9)]
+
+
+def test_embedding_is_of_length_one_and_blind_to_order() -> None:
+    encode = make_encoder(EmbeddingConfig())
+    one, two = embed(CLINIC, encode), embed(CLINIC[::-1], encode)
+    assert one.shape == (64,)
+    assert one.dtype == torch.float32
+    assert torch.allclose(one, two, atol=1e-6)
+    assert float(one.norm()) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_like_text_is_nearer_than_other_text() -> None:
+    encode = make_encoder(EmbeddingConfig())
+    first, second, other = (embed(d, encode) for d in (CLINIC[:4], CLINIC[4:], MARKET))
+    assert first @ second > 0.9
+    assert first @ other < 0.5
+
+
+def test_public_idf_weighs_words_and_is_needed_if_asked_for() -> None:
+    asked = EmbeddingConfig(idf="public")
+    texts = [one.text for one in CLINIC + MARKET]
+    idf = fit_idf(texts)
+    assert idf.shape == (encoding.NUM_BINS,)
+    assert idf.min() == pytest.approx(1.0)
+    plain, weighted = make_encoder(EmbeddingConfig())(texts), make_encoder(asked, idf)(texts)
+    assert not torch.allclose(plain, weighted, atol=1e-3)
+    ones = torch.ones(encoding.NUM_BINS)
+    assert torch.allclose(make_encoder(asked, ones)(texts), plain, atol=1e-6)
+    for config, given in ((asked, None), (EmbeddingConfig(), idf)):
+        with pytest.raises(ValueError, match="idf must be given for embedding"):
+            make_encoder(config, given)
+
+
+def test_a_shard_without_text_is_refused() -> None:
+    encode = make_encoder(EmbeddingConfig())
+    with pytest.raises(ValueError, match="documents must be at least one, got none"):
+        embed([], encode)
+    with pytest.raises(ValueError, match="2 documents must hold words, got none in any"):
+        embed([document("  "), document("\n")], encode)
+
+
+def test_encoder_of_a_path_is_projected(tmp_path: Path) -> None:
+    corpora.train_tokenizer([one.text for one in CLINIC], 300).save_pretrained(str(tmp_path))
+    build.build("llama", 300, torch.Generator().manual_seed(0), 64).save_pretrained(str(tmp_path))
+    encode = make_encoder(EmbeddingConfig(encoder=str(tmp_path), dimensions=16))
+    assert encode(["the patient", "the company"]).shape == (2, 16)
+    with pytest.raises(ValueError, match="dimensions must be <= 128 of the encoder, got 200"):
+        make_encoder(EmbeddingConfig(encoder=str(tmp_path), dimensions=200))(["x"])
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What all devices share: the tokenizer and the start of a tiny architecture."""
+    folder = tmp_path_factory.mktemp("shop")
+    world = corpora.load(CONFIG.data, 7)
+    public, _ = split_public(world, CONFIG.data, 7)
+    tokenizer = corpora.train_tokenizer([one.text for one in public], CONFIG.data.vocab_size)
+    tokenizer.save_pretrained(str(folder / "tokenizer"))
+    for kind in ("llama", "gpt2"):
+        (folder / kind).mkdir()
+        config = tiny(kind).config
+        config.vocab_size = len(tokenizer)
+        config.save_pretrained(str(folder / kind))
+        packed = pack(public, tokenizer, CONFIG.data.context_length, 7)
+        state = common_start(str(folder / kind), packed, tokenizer, CONFIG, Recorder(None))
+        save_state(folder / f"{kind}.safetensors", state)
+    return folder
+
+
+def jobs(shop: Path, run: Path, config: Config = CONFIG) -> list[DeviceJob]:
+    _, private = split_public(corpora.load(CONFIG.data, 7), CONFIG.data, 7)
+    return [
+        DeviceJob(
+            f"device-{index}",
+            str(shop / kind),
+            shard,
+            shop / f"{kind}.safetensors",
+            shop / "tokenizer",
+            config,
+            run,
+        )
+        for index, (kind, shard) in enumerate(
+            zip(("llama", "gpt2"), partition(private, 2, CONFIG.data, 7), strict=True)
+        )
+    ]
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {path.name: files.sha256_of(path) for path in sorted(folder.iterdir())}
+
+
+def test_common_start_is_repeatable_and_trained(shop: Path) -> None:
+    start, _ = load_state(shop / "llama.safetensors")
+    tokenizer = corpora.load_tokenizer(shop / "tokenizer")
+    public, _ = split_public(corpora.load(CONFIG.data, 7), CONFIG.data, 7)
+    packed = pack(public, tokenizer, CONFIG.data.context_length, 7)
+
+    def again(config: Config) -> dict[str, Tensor]:
+        return common_start(str(shop / "llama"), packed, tokenizer, config, Recorder(None))
+
+    assert all(torch.equal(value, start[name]) for name, value in again(CONFIG).items())
+    untrained = again(replace(CONFIG, devices=replace(CONFIG.devices, init_steps=0)))
+    assert not torch.equal(untrained["lm_head.weight"], start["lm_head.weight"])
+
+
+def test_gather_packs_what_training_gave(shop: Path, tmp_path: Path) -> None:
+    job = jobs(shop, tmp_path)[0]
+    (folder,) = gather([job])
+    manifest = Manifest.from_json((folder / "manifest.json").read_text())
+    start, _ = load_state(job.start)
+    tokenizer = corpora.load_tokenizer(job.tokenizer)
+    trained = train_device(
+        job.architecture,
+        start,
+        job.documents,
+        tokenizer,
+        CONFIG,
+        job.device,
+        make_encoder(CONFIG.embedding),
+        Recorder(None),
+    )
+    assert manifest.device == "device-0"
+    assert manifest.tokens == trained.tokens
+    assert manifest.tokenizer_fingerprint == corpora.fingerprint(tokenizer)
+    for name, value in read_state(folder, manifest, start).items():
+        update = (trained.state[name] - start[name]).abs().max()
+        assert update > 0
+        assert (value - trained.state[name]).abs().max() <= update / 100
+    lines = Recorder(tmp_path / "metrics.jsonl").lines("device-0")
+    assert [line["step"] for line in lines] == list(range(CONFIG.devices.steps))
+
+
+def test_same_seed_same_uploads_another_seed_others(shop: Path, tmp_path: Path) -> None:
+    first, second = (gather(jobs(shop, tmp_path / name)) for name in ("a", "b"))
+    assert list(map(content, first)) == list(map(content, second))
+    other = replace(CONFIG, run=replace(CONFIG.run, seed=8))
+    third = gather(jobs(shop, tmp_path / "c", other))
+    assert content(third[0]) != content(first[0])
+
+
+def test_what_is_done_is_not_trained_again(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = jobs(shop, tmp_path)
+    gather(asked)
+    trained: list[str] = []
+    run_device = gathering.run_device
+    monkeypatch.setattr(
+        gathering, "run_device", lambda job: (trained.append(job.device), run_device(job))
+    )
+    gather(asked)
+    assert trained == []
+    # a shard that lost a document, and an upload that lost a byte, are done again
+    gather([replace(asked[0], documents=asked[0].documents[1:]), asked[1]])
+    assert trained == ["device-0"]
+    shard = next(asked[1].upload.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    gather(asked[1:])
+    assert trained == ["device-0", "device-1"]
+
+
+def test_two_workers_give_the_same_uploads(shop: Path, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+    try:
+        alone = gather(jobs(shop, tmp_path / "a"))
+    finally:
+        torch.set_num_threads(threads)
+    together = gather(jobs(shop, tmp_path / "b"), workers=2)
+    assert list(map(content, alone)) == list(map(content, together))
+    lines = [Recorder(tmp_path / name / "metrics.jsonl").lines("device-1") for name in "ab"]
+    assert lines[0] == lines[1] != []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from deepfusion import training
+from deepfusion.device.gather import gather
+from tests.driver.test_device import jobs
+
+torch.set_num_threads(1)
+cross_entropy, steps = training.cross_entropy, []
+
+def dies(*arguments):
+    steps.append(1)
+    if len(steps) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return cross_entropy(*arguments)
+
+training.cross_entropy = dies
+gather(jobs(Path(sys.argv[1]), Path(sys.argv[2]))[:1])
+"""
+
+
+def test_kill_9_and_run_again_is_the_uninterrupted_run(shop: Path, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        (whole,) = gather(jobs(shop, tmp_path / "whole")[:1])
+        broken = tmp_path / "broken"
+        ended = subprocess.run([sys.executable, "-c", KILLED, shop, broken], check=False)
+        assert ended.returncode == -signal.SIGKILL
+        assert not (broken / "uploads").exists()
+        assert len(list((broken / "devices").glob("device-0-*.safetensors"))) == 1
+        (resumed,) = gather(jobs(shop, broken)[:1])
+    finally:
+        torch.set_num_threads(threads)
+    assert content(resumed) == content(whole)
+    records = [
+        Recorder(p / "metrics.jsonl").lines("device-0") for p in (tmp_path / "whole", broken)
+    ]
+    assert records[0] == records[1]
+    assert not list((broken / "devices").glob("*.safetensors"))
+
+
+def test_a_device_learns_its_own_facts_and_nobody_elses() -> None:
+    """Of a small world a demo model knows its own facts after 80 steps, and others by chance."""
+    config = replace(
+        CONFIG,
+        data=replace(CONFIG.data, made_entities=24, context_length=64, vocab_size=1024),
+        devices=replace(CONFIG.devices, steps=80, init_steps=40, batch_size=8, lr=0.02),
+    )
+    world = make_world(7, config.data.made_entities)
+    public, private = split_public(world.corpora, config.data, 7)
+    shards = partition(private, 3, config.data, 7)
+    tokenizer = corpora.train_tokenizer([one.text for one in public], config.data.vocab_size)
+    packed = pack(public, tokenizer, config.data.context_length, 7)
+    start = common_start("llama", packed, tokenizer, config, Recorder(None))
+    shard = min(shards, key=len)
+    encode = make_encoder(config.embedding)
+    trained = train_device(
+        "llama", start, shard, tokenizer, config, "device-0", encode, Recorder(None)
+    )
+    model = build.build("llama", len(tokenizer), torch.Generator(), 64)
+    build.load_state(model, dict(trained.state))
+
+    @torch.no_grad()
+    def recall(own: bool) -> float:
+        mine = held_by(world.facts, shard)
+        asked = [f for f in held_by(world.facts, private) if (f in mine) == own]
+        right = 0
+        for fact in asked:
+            prompt, answer = (tokenizer(text)["input_ids"] for text in (fact.prompt, fact.answer))
+            logits = model(torch.tensor([prompt + answer]), use_cache=False).logits[0]
+            right += logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+        return right / len(asked)
+
+    assert recall(own=True) > 0.5
+    assert recall(own=False) < 0.25
