@@ -15,26 +15,35 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
 
   // fused_linear_kl
   m.def(
-      "fused_linear_kl_accumulate(Tensor student, Tensor? teacher, Tensor? labels, Tensor scale, Tensor(a!) sums, "
+      "fused_linear_kl_accumulate(Tensor student, Tensor? teacher, Tensor? labels, Tensor scale, "
+      "Tensor(a!) sums, "
       "int first_column, bool own_sum, int divergence, float temperature) -> ()");
   m.def(
-      "fused_linear_kl_jsd(Tensor student, Tensor teacher, Tensor scale, Tensor stats, Tensor(a!) sums, float beta, "
+      "fused_linear_kl_jsd(Tensor student, Tensor teacher, Tensor scale, Tensor stats, Tensor(a!) "
+      "sums, float beta, "
       "float temperature) -> ()");
   m.def(
-      "fused_linear_kl_finish(Tensor sums, Tensor scale, bool own_sum, int divergence, float beta, float kd_weight, "
+      "fused_linear_kl_finish(Tensor sums, Tensor scale, bool own_sum, int divergence, float beta, "
+      "float kd_weight, "
       "float ce_weight) -> (Tensor, Tensor)");
   m.def(
-      "fused_linear_kl_gradient(Tensor(a!) student, Tensor? teacher, Tensor? labels, Tensor scale, Tensor stats, "
-      "int first_column, int divergence, float beta, float temperature, float kd_weight, float ce_weight) -> ()");
+      "fused_linear_kl_gradient(Tensor(a!) student, Tensor? teacher, Tensor? labels, Tensor scale, "
+      "Tensor stats, "
+      "int first_column, int divergence, float beta, float temperature, float kd_weight, float "
+      "ce_weight) -> ()");
 
   // topk_kl
   m.def(
-      "topk_kl_forward(Tensor student, Tensor ids, Tensor logprobs, Tensor? labels, Tensor scale, int tail, "
-      "int divergence, float beta, float temperature, float kd_weight, float ce_weight, float floor) "
+      "topk_kl_forward(Tensor student, Tensor ids, Tensor logprobs, Tensor? labels, Tensor scale, "
+      "int tail, "
+      "int divergence, float beta, float temperature, float kd_weight, float ce_weight, float "
+      "floor) "
       "-> (Tensor, Tensor)");
   m.def(
-      "topk_kl_backward(Tensor drows, Tensor statistics, Tensor student, Tensor ids, Tensor logprobs, Tensor? labels, "
-      "Tensor scale, int tail, int divergence, float beta, float temperature, float kd_weight, float ce_weight, "
+      "topk_kl_backward(Tensor drows, Tensor statistics, Tensor student, Tensor ids, Tensor "
+      "logprobs, Tensor? labels, "
+      "Tensor scale, int tail, int divergence, float beta, float temperature, float kd_weight, "
+      "float ce_weight, "
       "float floor) -> Tensor");
 
   // moe_routing
@@ -67,6 +76,23 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
       "-> Tensor[]");
 
   // view_aligned_attention
+  m.def(
+      "pack_patches(Tensor tokens, Tensor offsets, Tensor? mask, int first, "
+      "Tensor(a!) rows) -> ()");
+  m.def(
+      "unpack_patches(Tensor rows, Tensor offsets, Tensor? mask, int first, "
+      "Tensor(a!) tokens) -> ()");
+  m.def("pool_patches(Tensor tokens, Tensor offsets, Tensor? mask, Tensor(a!) rows) -> ()");
+  m.def("unpool_patches(Tensor rows, Tensor offsets, Tensor? mask, Tensor(a!) tokens) -> ()");
+  m.def(
+      "stage_attention_forward(Tensor qkv, Tensor? valid, int heads, bool causal, float scale, "
+      "Tensor(a!) y, Tensor(b!) lse) -> ()");
+  m.def(
+      "stage_attention_backward(Tensor qkv, Tensor lse, Tensor dy, Tensor delta, Tensor? valid, "
+      "int heads, bool causal, float scale, Tensor upstream, Tensor(a!) dqkv) -> ()");
 
   // fused_linear_mse
+  m.def(
+      "linear_mse_epilogue(Tensor(a!) predictions, Tensor? bias, Tensor target, Tensor offsets, "
+      "Tensor? mask, Tensor scale, Tensor(b!) sse, int first, bool target_norm) -> ()");
 }

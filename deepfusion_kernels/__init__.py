@@ -2,29 +2,18 @@
 
 # the library loads before the ops that call it
 from . import _native as _native  # isort: skip
-
-# kl_distillation
-from .ops.kl_distillation.op import kl_distillation as kl_distillation
-
-# fused_linear_kl
+from .nn.view_alignment import view_aligned_attention as view_aligned_attention
 from .ops.fused_linear_kl.op import fused_linear_kl_distillation as fused_linear_kl_distillation
-
-# topk_kl
-from .ops.topk_kl.op import topk_kl_distillation as topk_kl_distillation
-
-# moe_routing
-from .ops.moe_routing.op import Routing as Routing
-from .ops.moe_routing.op import moe_route as moe_route
-# moe_dispatch
+from .ops.fused_linear_mse.op import fused_linear_mse as fused_linear_mse
+from .ops.kl_distillation.op import kl_distillation as kl_distillation
 from .ops.moe_dispatch.op import moe_combine as moe_combine
 from .ops.moe_dispatch.op import moe_dispatch as moe_dispatch
 from .ops.moe_dispatch.op import moe_plan as moe_plan
-
-# moe_experts
 from .ops.moe_experts.op import moe_experts as moe_experts
+from .ops.moe_routing.op import Routing as Routing
+from .ops.moe_routing.op import moe_route as moe_route
 from .ops.shared.moe_plan import DispatchPlan as DispatchPlan
-
-# view_aligned_attention
-# fused_linear_mse
+from .ops.topk_kl.op import topk_kl_distillation as topk_kl_distillation
+from .ops.view_aligned_attention.op import multi_stage_attention as multi_stage_attention
 
 __version__ = "0.1.0"

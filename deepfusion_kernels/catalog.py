@@ -18,6 +18,8 @@ STEMS: tuple[str, ...] = (
     "moe_routing",
     "moe_dispatch",
     "moe_experts",
+    "view_aligned_attention",
+    "fused_linear_mse",
 )
 
 
