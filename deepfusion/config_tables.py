@@ -197,6 +197,9 @@ class EvaluateConfig:
 
     batch_size: int = key(16, "sequences at a time", least=1)
     max_tokens: int = key(0, "of one domain and split; 0: all", least=0)
+    split: str = key(
+        "test", "text of the figures; choose settings on validation", options=("test", "validation")
+    )
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,10 @@ KERNEL_FLOORS = (
 DRIVER_FLOORS = (
     ("config", "config_tables", "config_rules", "files", "seeding", "metrics", "messages", "plots"),
     ("models", "data", "wire", "checkpoints", "ledger"),
-    ("training",),
+    ("training", "stages"),
     ("device", "server", "report"),
+    ("library",),
+    ("assess",),
     ("pipeline",),
     ("flower",),
     ("cli",),

@@ -1,0 +1,300 @@
+"""The stages in order: the only file that knows two of them.
+
+    text -> base, starts -> gather -> gate -> cluster -> distill -> merge -> tune -> controls
+         -> evaluate -> report
+
+Recipe "direct" has no students: the base is upcycled and the proxies teach the mixture itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import report
+from .assess import assess
+from .checkpoints import load_state, save_model, save_state
+from .config import Config
+from .data.encoding import Encoder, fit_idf, make_encoder
+from .data.prepared import Text, prepare
+from .device.gather import DeviceJob
+from .device.gather import gather as in_process
+from .device.train import common_start
+from .ledger import Ledger, Transfer
+from .library import Library
+from .messages import DeviceUpdate
+from .models import build
+from .server.affinity import affinity
+from .server.cluster import Cluster, cluster, clustering_facts
+from .server.direct import direct
+from .server.distill import distill
+from .server.merge import merge
+from .server.router_init import RouterText
+from .server.tune import tune
+from .stages import Run
+from .training import train_causal_lm
+from .wire.audit import Audit
+from .wire.expected import ArchitectureSpec, Expected, save_expected
+from .wire.gate import inspect
+from .wire.intake import device_facts, take_in
+from .wire.package import read_state, state_revision
+
+Gather = Callable[[Sequence[DeviceJob], int], list[Path]]
+GOOD = "uploads.json"
+
+
+def run(config: Config, gather: Gather = in_process) -> Path:
+    """Run every stage that is not done yet in the folder `run.output`; return the report's path.
+
+    Raises what a stage raises, each with a sentence; finished stages stay finished.
+    """
+    torch.set_num_threads(config.run.threads or torch.get_num_threads())
+    here = Run(config, Path(config.run.output))
+    text = prepare(config, here.folder / "tokenizer")
+    library = Library(here, text.tokenizer)
+    _base(here, text, library)
+    encode, expected = _starts(here, text, library)
+    _collect(here, text, expected, gather)
+    updates = _updates(here, expected)
+    clusters = _clusters(here, text, expected, updates)
+    of_documents = affinity(encode([one.text for one in text.public]), clusters)
+    nearness = of_documents[text.sequences.document]
+    if config.run.recipe == "direct":
+        _direct(here, text, library, clusters, nearness)
+    else:
+        _distill(here, text, library, clusters, nearness)
+        _merge_and_tune(here, text, library, clusters, nearness)
+    assess(here, text, library, expected, updates, clusters, nearness)
+    return report.write_report(here.folder)
+
+
+def _base(here: Run, text: Text, library: Library) -> None:
+    """The dense base, trained on public text, or taken as it is."""
+    config = here.config
+
+    def work() -> None:
+        model = library.fresh(config.base.model, "base")
+        train_causal_lm(
+            model,
+            text.sequences,
+            config.base,
+            stage="base",
+            seed=config.run.seed,
+            recorder=here.recorder,
+            checkpoint_path=here.folder / "steps" / "base.safetensors",
+            kernels=config.run.kernels,
+        )
+        save_model(here.folder / "base", model, text.tokenizer)
+
+    here.stage("base", [], ["base"], work, reads=["data", "base"])
+
+
+def _starts(here: Run, text: Text, library: Library) -> tuple[Encoder, Expected]:
+    """Every architecture's common start; what the gate and the embedding need."""
+    config = here.config
+    specs = {}
+    for index, name in enumerate(dict.fromkeys(config.devices.architectures)):
+        path = here.folder / "starts" / f"{index}.safetensors"
+
+        def work(name: str = name, path: Path = path) -> None:
+            checkpoint = here.folder / "steps" / f"start-{path.name}"
+            state = common_start(
+                name, text.sequences, text.tokenizer, config, here.recorder, checkpoint
+            )
+            save_state(path, state, {"architecture": name})
+
+        here.stage(f"start-{index}", [], [f"starts/{path.name}"], work, reads=["data", "devices"])
+        state, _ = load_state(path)
+        specs[name] = ArchitectureSpec.of(
+            state, config.upload.codec, state_revision(state), config.upload.max_mib
+        )
+    expected = Expected(
+        architectures=specs,
+        tokenizer_fingerprint=library.fingerprint,
+        codec=config.upload.codec,
+        embedding_dimensions=config.embedding.dimensions,
+        max_update_norm=config.upload.max_update_norm,
+        shard_bytes=config.upload.shard_mib << 20,
+    )
+    if not (here.folder / "expected").is_dir():
+        save_expected(here.folder / "expected", expected)
+    idf = None
+    if config.embedding.idf == "public":
+        idf = fit_idf([one.text for one in text.public])
+        if not (here.folder / "starts" / "idf.safetensors").exists():
+            save_state(here.folder / "starts" / "idf.safetensors", {"idf": idf})
+    return make_encoder(config.embedding, idf), expected
+
+
+def _jobs(here: Run, text: Text) -> list[DeviceJob]:
+    config = here.config
+    names = list(dict.fromkeys(config.devices.architectures))
+    starts = here.folder / "starts"
+    jobs = []
+    for index, documents in enumerate(text.shards):
+        turn = names.index(config.devices.architectures[index % len(config.devices.architectures)])
+        jobs.append(
+            DeviceJob(
+                device=f"device-{index:02d}",
+                architecture=names[turn],
+                documents=documents,
+                start=starts / f"{turn}.safetensors",
+                tokenizer=here.folder / "tokenizer",
+                config=config,
+                run_folder=here.folder,
+                idf=starts / "idf.safetensors" if config.embedding.idf == "public" else None,
+            )
+        )
+    return jobs
+
+
+def _collect(here: Run, text: Text, expected: Expected, gather: Gather) -> None:
+    """Train the devices; judge and weigh what they upload."""
+    config = here.config
+    jobs = _jobs(here, text)
+    folders = gather(jobs, config.federation.workers)
+
+    def work() -> None:
+        ledger, audit = Ledger(here.folder / "ledger"), Audit(here.folder / "audit.jsonl")
+        for job in jobs:
+            sent = [("base", job.start)] + ([("idf", job.idf)] if job.idf else [])
+            for kind, path in sent:
+                length = path.stat().st_size
+                ledger.add(Transfer(job.device, "down", kind, length, bytes_raw=length))
+        intake = take_in(folders, expected, ledger, audit, config.federation.min_devices)
+        here.write("devices.json", device_facts(intake.updates, expected, ledger))
+        here.write(
+            GOOD,
+            {
+                "good": [update.device for update in intake.updates],
+                "refused": intake.refused,
+                "norms_unchecked": list(intake.unchecked),
+            },
+        )
+
+    starts = sorted(path.stem for path in (here.folder / "stages").glob("start-*.json"))
+    outputs = ["ledger.csv", "devices.json", GOOD]
+    before = [*starts, *(job.device for job in jobs)]
+    here.stage("gate", before, outputs, work, reads=["federation", "upload", "embedding"])
+
+
+def _updates(here: Run, expected: Expected) -> list[DeviceUpdate]:
+    good = here.read(GOOD)["good"]
+    return [inspect(here.folder / "uploads" / name, expected, name) for name in good]
+
+
+def _clusters(
+    here: Run, text: Text, expected: Expected, updates: Sequence[DeviceUpdate]
+) -> list[Cluster]:
+    config = here.config
+    folder = here.folder / "proxies"
+
+    def read(update: DeviceUpdate) -> dict[str, Tensor]:
+        base = expected.architectures[update.architecture].base
+        return read_state(update.folder, update.manifest, base)
+
+    def work() -> None:
+        found = cluster(updates, read, config.cluster, config.run.seed)
+        for one in found:
+            save_state(folder / f"{one.index}.safetensors", one.proxy)
+            space = {"centre": one.centre, "origin": one.origin}
+            facts = {"architecture": one.architecture, "members": list(one.members)}
+            save_state(folder / f"{one.index}-space.safetensors", space, facts)
+        labels = {f"device-{index:02d}": text.label(index) for index in range(len(text.shards))}
+        here.write("clusters.json", clustering_facts(found, updates, labels))
+
+    here.stage("cluster", ["gate"], ["proxies", "clusters.json"], work, reads=["cluster"])
+    return [_read_cluster(folder, index) for index in range(config.cluster.num_clusters)]
+
+
+def _read_cluster(folder: Path, index: int) -> Cluster:
+    space, facts = load_state(folder / f"{index}-space.safetensors")
+    proxy, _ = load_state(folder / f"{index}.safetensors")
+    return Cluster(index, facts["architecture"], tuple(facts["members"]), proxy=proxy, **space)
+
+
+def _distill(
+    here: Run, text: Text, library: Library, clusters: Sequence[Cluster], nearness_SK: Tensor
+) -> None:
+    """One student of every proxy, each a stage of its own."""
+    config = here.config
+    for one in clusters:
+        name = f"distill-{one.index}"
+
+        def work(one: Cluster = one, name: str = name) -> None:
+            student = distill(
+                library.of_state(one.architecture, one.proxy),
+                library.saved("base"),
+                text.sequences,
+                nearness_SK[:, one.index],
+                config.distill,
+                config.run.seed,
+                stage=name,
+                recorder=here.recorder,
+                checkpoint=here.checkpoint(name, config.distill.checkpoint_steps),
+                kernels=config.run.kernels,
+            )
+            save_state(here.folder / library.student(one.index), build.state_of(student))
+
+        here.stage(name, ["base", "cluster"], [library.student(one.index)], work, reads=["distill"])
+
+
+def _merge_and_tune(
+    here: Run, text: Text, library: Library, clusters: Sequence[Cluster], nearness_SK: Tensor
+) -> None:
+    config = here.config
+    students = [f"distill-{one.index}" for one in clusters]
+
+    def merged() -> None:
+        states = [load_state(here.folder / library.student(one.index))[0] for one in clusters]
+        config_of_base = library.saved("base").config
+        router_text = RouterText(text.sequences.ids, nearness_SK)
+        moe: Any = merge(states, config_of_base, config.merge, config.run.seed, router_text)
+        save_model(here.folder / "merged", moe)
+
+    def tuned() -> None:
+        moe: Any = tune(
+            library.saved("merged"),
+            text.sequences,
+            config.tune,
+            config.merge,
+            config.run.seed,
+            recorder=here.recorder,
+            teachers=[library.of_state(one.architecture, one.proxy) for one in clusters],
+            affinity_SK=nearness_SK,
+            checkpoint=here.checkpoint("tune", config.tune.checkpoint_steps),
+            kernels=config.run.kernels,
+        )
+        save_model(here.folder / library.MOE, moe, text.tokenizer)
+
+    here.stage("merge", students, ["merged"], merged, reads=["merge"])
+    here.stage("tune", ["merge", "cluster"], [library.MOE], tuned, reads=["merge", "tune"])
+
+
+def _direct(
+    here: Run, text: Text, library: Library, clusters: Sequence[Cluster], nearness_SK: Tensor
+) -> None:
+    config = here.config
+
+    def work() -> None:
+        moe: Any = direct(
+            library.upcycled(len(clusters), text.sequences, nearness_SK),
+            [library.of_state(one.architecture, one.proxy) for one in clusters],
+            text.sequences,
+            nearness_SK,
+            config.distill,
+            config.tune,
+            config.merge,
+            config.run.seed,
+            recorder=here.recorder,
+            checkpoint=here.checkpoint("direct", config.tune.checkpoint_steps),
+            kernels=config.run.kernels,
+        )
+        save_model(here.folder / library.MOE, moe, text.tokenizer)
+
+    tables = ["distill", "merge", "tune"]
+    here.stage("direct", ["base", "cluster"], [library.MOE], work, reads=tables)
