@@ -1,5 +1,7 @@
 """Tiny models and texts of the driver's tests: two layers, a vocabulary of 61."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -7,6 +9,7 @@ import transformers
 from torch import Tensor, nn
 
 from deepfusion.data.batches import Packed
+from deepfusion.metrics import Recorder
 from deepfusion.models import build
 
 VOCAB = 61
@@ -73,3 +76,30 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 def copy_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """Bit for bit, naming what differs."""
+    assert one.keys() == other.keys()
+    unequal = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not unequal, unequal
+
+
+class Killed(Exception):
+    """Stands for kill -9 in the middle of a stage."""
+
+
+@contextmanager
+def killing(recorder: Recorder, stage: str, step: int) -> Iterator[None]:
+    """Ends the stage when it wants to record that step."""
+
+    def record(name: str, at: int, **values: float) -> None:
+        if name == stage and at == step:
+            raise Killed
+        Recorder.record(recorder, name, at, **values)
+
+    recorder.record = record  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del recorder.record

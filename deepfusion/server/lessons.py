@@ -1,0 +1,154 @@
+"""The loop that every taught student goes through: views first, then all terms together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from .. import seeding
+from ..checkpoints import StepCheckpoint
+from ..config_tables import TrainingConfig
+from ..data.batches import Packed, rows
+from ..metrics import Recorder
+from ..training import make_optimizer, matrices_of, train_steps
+from .teaching import Teaching
+
+# of a small study (docs/method.md): views that start untrained push the student astray
+VIEWS_LR = 2e-3
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Public sequences, who teaches each [S] (-1: nobody), how often each is drawn [S] (None:
+    evenly)."""
+
+    sequences: Packed
+    teacher: Tensor
+    weights: Tensor | None = None
+
+
+ExtraLoss = Callable[[Tensor], Tensor]
+
+
+def teach(
+    teaching: Teaching,
+    lessons: Lessons,
+    config: TrainingConfig,
+    seed: int,
+    *,
+    stage: str,
+    stream: str,
+    recorder: Recorder,
+    checkpoint: StepCheckpoint | None = None,
+    views_steps: int = 0,
+    extra_loss: ExtraLoss | None = None,
+    before_step: Callable[[], None] | None = None,
+) -> None:
+    """Trains teaching.student (and its views) in place on `config.steps` batches.
+
+    Stages of one `stream` and seed see the same batches. extra_loss gets the teachers [B] of the
+    batch in the order in which the student saw it. Killed and called again, it ends in the same
+    bits.
+    """
+    ids_SL = lessons.sequences.ids
+    resumed = checkpoint is not None and checkpoint.path.exists()
+    if views_steps and teaching.stages and not resumed:
+        _warm_views(teaching, lessons, config, seed, views_steps, stage, recorder)
+
+    def loss_of(rows_B: Tensor, step: int) -> dict[str, Tensor]:
+        if before_step is not None:
+            before_step()
+        # sorted by teacher: sequences of one teacher are one block, without a copy
+        rows_B = rows_B[lessons.teacher[rows_B].argsort(stable=True)]
+        teacher_B = lessons.teacher[rows_B]
+        terms = teaching.loss(ids_SL[rows_B], teacher_B, step)
+        if extra_loss is not None:
+            extra = extra_loss(teacher_B)
+            terms |= {"loss": terms["loss"] + extra, "router": extra.detach()}
+        return terms
+
+    modules = {"student": teaching.student}
+    optimizers = make_optimizer(
+        config.optimizer, *matrices_of(teaching.student), config.lr, config.weight_decay
+    )
+    if teaching.stages:
+        views = nn.ModuleList(teaching.views)
+        modules["views"] = views
+        optimizers = [*optimizers, AdamW(views.parameters(), config.lr, weight_decay=0.0)]
+    train_steps(
+        modules,
+        optimizers,
+        _rows(lessons, config, seed, stream, config.steps),
+        loss_of,
+        config,
+        stage=stage,
+        seed=seed,
+        recorder=recorder,
+        checkpoint=checkpoint,
+    )
+
+
+def _rows(
+    lessons: Lessons, config: TrainingConfig, seed: int, stream: str, steps: int
+) -> Callable[[int], Iterable[Tensor]]:
+    stream_seed = seeding.seed_for(seed, stream)
+
+    def batches(start: int) -> Iterable[Tensor]:
+        return rows(
+            len(lessons.sequences),
+            config.batch_size,
+            steps,
+            stream_seed,
+            weights=lessons.weights,
+            start=start,
+        )
+
+    return batches
+
+
+def _warm_views(
+    teaching: Teaching,
+    lessons: Lessons,
+    config: TrainingConfig,
+    seed: int,
+    steps: int,
+    stage: str,
+    recorder: Recorder,
+) -> None:
+    """Trains the views alone, on features of the student as it is."""
+    views = nn.ModuleList(teaching.views)
+    optimizers: list[Optimizer] = [AdamW(views.parameters(), VIEWS_LR, weight_decay=0.0)]
+    ids_SL = lessons.sequences.ids
+    taught_S = torch.where(lessons.teacher >= 0, 1.0, 0.0)
+    if not taught_S.any():
+        return
+    weights_S = taught_S if lessons.weights is None else taught_S * lessons.weights
+
+    def loss_of(rows_B: Tensor, step: int) -> dict[str, Tensor]:
+        teacher_B = lessons.teacher[rows_B]
+        losses = [
+            teaching.feature_loss(owner, *stages) * ((teacher_B == owner).sum() / len(rows_B))
+            for owner, *stages in teaching.features(ids_SL[rows_B], teacher_B)
+        ]
+        return {"loss": torch.stack(losses).sum()}
+
+    train_steps(
+        {"views": views},
+        optimizers,
+        _rows(
+            Lessons(lessons.sequences, lessons.teacher, weights_S),
+            config,
+            seed,
+            f"{stage}.views",
+            steps,
+        ),
+        loss_of,
+        replace(config, steps=steps, lr=VIEWS_LR),
+        stage=f"{stage}.views",
+        seed=seed,
+        recorder=recorder,
+    )

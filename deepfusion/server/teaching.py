@@ -1,0 +1,171 @@
+"""One batch of public text, part of it taught by frozen proxies.
+
+    L = (1/T) [ sum_t CE_t + beta tau^2 sum_{t taught} KL(P^teacher_t || P^student_t) ] + alpha L_FM
+    L_FM = sum_i (taught by i / batch) L_FM,i         T: all next tokens of the batch
+
+A sequence has one teacher or none. Without a teacher at all, L is plain cross entropy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deepfusion_kernels import fused_linear_kl_distillation
+from deepfusion_kernels.nn import StageCollector
+
+from ..models import build
+from ..training import cross_entropy
+
+# how often L is recorded by term: one more pass over the vocabulary, without gradient
+TERMS_EVERY = 10
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """A student, its teachers, and how much each term counts; views[i] belongs to teachers[i]."""
+
+    student: nn.Module
+    teachers: Sequence[nn.Module] = ()
+    views: Sequence[nn.Module] = field(default_factory=tuple)
+    alpha: float = 0.0
+    beta: float = 0.0
+    temperature: float = 1.0
+    num_stages: int = 4
+    kernels: str = "auto"
+
+    def __post_init__(self) -> None:
+        for teacher in self.teachers:
+            teacher.eval().requires_grad_(False)
+
+    @property
+    def stages(self) -> int:
+        """How many stage features a forward pass must keep."""
+        return self.num_stages if self.alpha > 0 and self.views else 0
+
+    def loss(self, ids_BL: Tensor, teacher_B: Tensor, step: int) -> dict[str, Tensor]:
+        """Terms of one batch: ids [B, L] int64, teacher [B] int64, -1 for none; sorted is fastest.
+
+        "loss" is L; "feature" is L_FM; every TERMS_EVERY steps also "ce" and "kl", as means over
+        all and over the taught tokens.
+        """
+        teacher_B = teacher_B if self.beta > 0 or self.stages else torch.full_like(teacher_B, -1)
+        if bool((teacher_B < 0).all()):
+            ce = cross_entropy(self.student, ids_BL, self.kernels)
+            return {"loss": ce, "ce": ce.detach()} if step % TERMS_EVERY == 0 else {"loss": ce}
+        hidden_BLD, stages = self._run(self.student, ids_BL)
+        found, sizes = torch.unique_consecutive(teacher_B, return_counts=True)
+        counts = sizes.tolist()
+        # split, not slices: its gradient is one concatenation
+        ids, hidden, *views = (torch.split(one, counts) for one in (ids_BL, hidden_BLD, *stages))
+        total = torch.zeros((), device=ids_BL.device)
+        feature = torch.zeros((), device=ids_BL.device)
+        for n, owner in enumerate(found.tolist()):
+            part = self._part(owner, ids[n], hidden[n], [stage[n] for stage in views])
+            total = total + part[0]
+            feature = feature + part[1] * (counts[n] / len(ids_BL))
+        tokens = ids_BL[:, 1:].numel()
+        terms = {"loss": total / tokens + self.alpha * feature}
+        if self.stages:
+            terms["feature"] = feature.detach()
+        if step % TERMS_EVERY == 0:
+            terms |= self._terms(ids_BL, hidden_BLD, total, teacher_B)
+        return terms
+
+    def _run(self, model: nn.Module, ids_BL: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Last hidden states [B, L, D] and the stage features, if any are compared."""
+        if not self.stages:
+            return self._hidden(model, ids_BL), []
+        with StageCollector(build.layers(model), self.stages) as stages:
+            return self._hidden(model, ids_BL), stages.tensors()
+
+    def _hidden(self, model: nn.Module, ids_BL: Tensor) -> Tensor:
+        hidden_BLD: Tensor = build.backbone(model)(ids_BL, use_cache=False).last_hidden_state
+        return hidden_BLD
+
+    def feature_loss(
+        self, owner: int, student_stages: Sequence[Tensor], teacher_stages: Sequence[Tensor]
+    ) -> Tensor:
+        """L_FM of the sequences that one teacher teaches."""
+        loss: Tensor = self.views[owner](
+            student_stages, teacher_stages, backend=backend_of(self.kernels)
+        )
+        return loss
+
+    def _part(
+        self, owner: int, ids_BL: Tensor, hidden_BLD: Tensor, student_stages: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Sum over tokens of CE + beta KL, and L_FM, of the sequences that one teacher teaches."""
+        nothing = torch.zeros((), device=ids_BL.device)
+        if owner < 0:
+            return self._token_sum(ids_BL, hidden_BLD), nothing
+        teacher = self.teachers[owner]
+        with torch.no_grad():
+            teacher_hidden_BLD, teacher_stages = self._run(teacher, ids_BL)
+        token_sum = self._token_sum(ids_BL, hidden_BLD, teacher, teacher_hidden_BLD)
+        if not self.stages:
+            return token_sum, nothing
+        return token_sum, self.feature_loss(owner, student_stages, teacher_stages)
+
+    def _token_sum(
+        self,
+        ids_BL: Tensor,
+        hidden_BLD: Tensor,
+        teacher: nn.Module | None = None,
+        teacher_hidden_BLD: Tensor | None = None,
+    ) -> Tensor:
+        # the last position has no next token: masked, so that the hidden states need no copy
+        labels_BL = F.pad(ids_BL[:, 1:], (0, 1), value=IGNORED)
+        taught = teacher is not None and self.beta > 0
+        loss: Tensor = fused_linear_kl_distillation(
+            hidden_BLD,
+            build.head_weight(self.student),
+            teacher_hidden_BLD if taught else None,
+            build.head_weight(teacher) if taught else None,
+            labels_BL,
+            kd_weight=self.beta if taught else 0.0,
+            ce_weight=1.0,
+            temperature=self.temperature,
+            scale_by_temperature_squared=True,
+            vocab_align="truncate",
+            reduction="sum",
+            backend=backend_of(self.kernels),
+        )
+        return loss
+
+    @torch.no_grad()
+    def _terms(
+        self, ids_BL: Tensor, hidden_BLD: Tensor, total: Tensor, teacher_B: Tensor
+    ) -> dict[str, Tensor]:
+        ce_sum = self._token_sum(ids_BL, hidden_BLD.detach())
+        per_sequence = ids_BL.shape[1] - 1
+        terms = {"ce": ce_sum / (len(ids_BL) * per_sequence)}
+        if self.beta > 0:
+            taught_tokens = (teacher_B >= 0).sum() * per_sequence
+            terms["kl"] = (total.detach() - ce_sum) / (self.beta * taught_tokens)
+        return terms
+
+    @torch.no_grad()
+    def features(
+        self, ids_BL: Tensor, teacher_B: Tensor
+    ) -> list[tuple[int, list[Tensor], list[Tensor]]]:
+        """(teacher, student's stages, its own stages) of the taught sequences, without gradient."""
+        found = []
+        for owner in torch.unique(teacher_B[teacher_B >= 0]).tolist():
+            ids_bL = ids_BL[teacher_B == owner]
+            student_stages = self._run(self.student, ids_bL)[1]
+            teacher_stages = self._run(self.teachers[owner], ids_bL)[1]
+            found.append((owner, student_stages, teacher_stages))
+        return found
+
+
+def backend_of(kernels: str) -> str | None:
+    """The `backend` argument of every kernel: the automatic choice, or plain torch."""
+    if kernels not in ("auto", "reference"):
+        raise ValueError(f"run.kernels must be 'auto' or 'reference', got {kernels!r}")
+    return None if kernels == "auto" else "reference"
