@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import files, metrics
-from .config import Config, ConfigError
+from .config import Config, ConfigError, load
 from .messages import TooFewUploads, TransportFailed, UploadRefused
 from .wire.expected import load_expected
 from .wire.gate import inspect
@@ -73,10 +73,34 @@ def validate(target: Path | None, overrides: Sequence[str]) -> int:
     return DONE
 
 
+def run(target: Path | None, overrides: Sequence[str]) -> int:
+    """Devices, clusters, distillation, merge, tuning, evaluation, report; resumes its folder."""
+    from . import pipeline
+
+    assert target is not None, "the parser asks for a file"
+    config = load(target, overrides)
+    page = pipeline.run(config)
+    print(f"{page}: the report; {page.parent / 'global_moe'}: the model")
+    return DONE
+
+
+def report(target: Path | None, overrides: Sequence[str]) -> int:
+    """Tables and plots of a finished run folder again."""
+    from .report import write_report
+
+    assert target is not None, "the parser asks for a folder"
+    if overrides:
+        raise ConfigError("--set", ["report takes no --set; the run folder holds what it prints"])
+    print(write_report(target))
+    return DONE
+
+
 Verb = Callable[[Path | None, Sequence[str]], int]
 # verb -> function, what its argument is called, whether it must be given
 VERBS: dict[str, tuple[Verb, str, bool]] = {
     "init": (init, "FILE", False),
+    "run": (run, "FILE", True),
+    "report": (report, "RUN", True),
     "validate": (validate, "FOLDER", True),
 }
 

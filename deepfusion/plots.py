@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,7 +36,8 @@ def _svg(figure: Figure) -> str:
     figure.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
     text = stream.getvalue()
-    return text[text.index("<svg") :]
+    # the metadata name a licence and a format by address: a report without addresses needs neither
+    return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import files, plots
+from .wire.audit import verify
 
 Table = list[list[str]]
 BARS = ("base", "mean model", "dense control", "centralised twin", "moe")
@@ -141,7 +142,8 @@ def _devices(run_folder: Path, ledger: Mapping[str, Any]) -> list[Section]:
         rows.append(
             [name, one["architecture"], f"{one['tokens']:,}", f"{sent:,}", per_parameter, said]
         )
-    return [Section("Devices", "", rows)]
+    head = f"Last line of the audit chain: SHA-256 {verify(run_folder / 'audit.jsonl')}."
+    return [Section("Devices", head, rows)]
 
 
 def _clusters(run_folder: Path) -> list[Section]:
