@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
-from deepfusion_kernels import kl_distillation
+from deepfusion_kernels import fused_linear_kl_distillation
 
 from .checkpoints import StepCheckpoint
 from .config_tables import TrainingConfig
@@ -69,9 +69,11 @@ class Muon(Optimizer):
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Nearest (roughly) orthogonal matrices [.., A, B] float32; computed in bfloat16."""
+    """Nearest (roughly) orthogonal matrices [.., A, B]; bfloat16 inside where that is fast."""
     tall = matrices.shape[-2] > matrices.shape[-1]
-    X: Tensor = (matrices.mT if tall else matrices).bfloat16()
+    # a CPU without bfloat16 instructions would emulate every product
+    is_fast = matrices.is_cuda or torch.cpu._is_avx512_bf16_supported()
+    X = (matrices.mT if tall else matrices).to(torch.bfloat16 if is_fast else torch.float32)
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     a, b, c = _QUINTIC
     for _ in range(_ROUNDS):
@@ -229,8 +231,10 @@ def cross_entropy(model: nn.Module, ids: Tensor, kernels: str = "auto") -> Tenso
     kernels: "auto", or "reference" for the plain torch path of the same op.
     """
     hidden = build.backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
-    return kl_distillation(
-        F.linear(hidden[:, :-1], build.head_weight(model)),
+    return fused_linear_kl_distillation(
+        hidden[:, :-1],
+        build.head_weight(model),
+        None,
         None,
         ids[:, 1:],
         kd_weight=0.0,

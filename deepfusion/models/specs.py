@@ -1,9 +1,9 @@
 """Architectures by name: what a transformers configuration needs beyond the vocabulary.
 
-The first four are the demo's. Their sizes come from two CPU cores: with batches of 8 x 128 tokens a
-device's step takes 55-75 ms and a step of the base 120 ms (docs/data.md). Four layers each, because
-the feature loss compares four stages; tied embeddings, because at this size the vocabulary is a
-third of the model. The others are published shapes, for users with a GPU.
+The first five are the demo's. Their sizes come from two CPU cores: with batches of 8 x 128 tokens a
+device's step takes 70-95 ms and a step of the base 130-165 ms (docs/data.md). Four layers each,
+because the feature loss compares four stages; tied embeddings, because at this size the vocabulary
+is a third of the model. The others are published shapes, for users with a GPU.
 """
 
 from collections.abc import Mapping
