@@ -63,10 +63,11 @@ def moe_route(
     expect_option(order, "moe_route", "order", ("score_then_topk", "topk_then_score"))
     expect_option(group_score, "moe_route", "group_score", ("max", "top2_sum"))
     _expect_numbers(scale, balance_loss_weight, z_loss_weight)
-    if selection_bias is not None:
-        expect(selection_bias, "moe_route", "selection_bias", "E", like=router_logits, E=E)
+    bias = None if selection_bias is None else selection_bias.detach()
+    if bias is not None:
+        expect(bias, "moe_route", "selection_bias", "E", like=router_logits, E=E)
     groups = _expect_groups(num_groups, top_groups, group_score, E)
-    limit = E if groups == (0, 0) else groups[1] * E // groups[0]
+    limit = groups[1] * E // groups[0] if num_groups else E
     expect_that(1 <= top_k <= limit, "moe_route", "top_k", f"within 1 .. {limit}", top_k)
     options = Options(
         top_k,
@@ -74,7 +75,7 @@ def moe_route(
         score == "sigmoid",
         order == "topk_then_score",
         renormalize,
-        group_score == "top2_sum" and groups != (0, 0),
+        group_score == "top2_sum" and bool(num_groups),
         float(scale),
         float(balance_loss_weight),
         float(z_loss_weight),
@@ -86,7 +87,6 @@ def moe_route(
             stacklevel=2,
         )
     chosen = backends.choose(backend, router_logits, IMPLS)
-    bias = None if selection_bias is None else selection_bias.detach()
     outputs = _route(router_logits, bias, options.sizes, options.flags, options.factors, chosen)
     return Routing(*outputs[:4])
 
