@@ -126,9 +126,9 @@ void route_row_backward(const T* logits, const BackwardIn<W>& in, int64_t t, int
                         const Options& o, Scratch<W>& row, T* dlogits) {
   W* dz = row.z.data();
   std::fill_n(dz, num_experts, W(0));
-  const W dot = selected_gradient(in, t, o, row.best.data());
+  const W dot = selected_gradient(in, t, o, row.dselected.data());
   const int64_t* experts = in.experts + t * o.top_k;
-  for (int64_t k = 0; k < o.top_k; ++k) dz[experts[k]] = row.best[k];
+  for (int64_t k = 0; k < o.top_k; ++k) dz[experts[k]] = row.dselected[k];
   if (o.needs_lse()) {
     // choice is all zeros here: the pull of a loss that is not asked for, or not of this kind
     const W* pull = o.is_sigmoid ? row.choice.data() : in.pull;

@@ -42,42 +42,38 @@ inline W sigmoid(W x) {
   return W(1) / (W(1) + exp_fast(-x));
 }
 
-// The `wanted` largest values, descending; of equals the lowest index first.
+// The `wanted` largest values, descending; of equals the lowest index first. A round per value: the
+// maximum, then where it stands first. Values taken become NaN, which no comparison finds again;
+// NOTE: so values must hold none, or a round finds nothing and writes past the end.
 template <typename W>
-inline void largest(const W* values, int64_t count, int64_t wanted, W* best, int64_t* index) {
-  constexpr int64_t kStep = 16;
-  int64_t filled = 0;
-  for (int64_t begin = 0; begin < count; begin += kStep) {
-    const int64_t end = std::min(count, begin + kStep);
+inline void largest(W* values, int64_t count, int64_t wanted, int64_t* index) {
+  const int32_t end = static_cast<int32_t>(count);
+  for (int64_t round = 0; round < wanted; ++round) {
     W highest = kLowest<W>;
 #pragma omp simd reduction(max : highest)
-    for (int64_t i = begin; i < end; ++i) highest = values[i] > highest ? values[i] : highest;
-    if (filled == wanted && !(highest > best[wanted - 1])) continue;
-    for (int64_t i = begin; i < end; ++i) {
-      const W value = values[i];
-      if (filled == wanted && !(value > best[wanted - 1])) continue;
-      int64_t at = filled < wanted ? filled++ : wanted - 1;
-      for (; at > 0 && value > best[at - 1]; --at) {
-        best[at] = best[at - 1];
-        index[at] = index[at - 1];
-      }
-      best[at] = value;
-      index[at] = i;
+    for (int32_t i = 0; i < end; ++i) highest = values[i] > highest ? values[i] : highest;
+    int32_t at = end;
+#pragma omp simd reduction(min : at)
+    for (int32_t i = 0; i < end; ++i) {
+      const int32_t here = values[i] == highest ? i : end;
+      at = here < at ? here : at;
     }
+    index[round] = at;
+    values[at] = kNaN<W>;
   }
 }
 
 // What one thread needs for one row.
 template <typename W>
 struct Scratch {
-  std::vector<W> z, scores, choice, best, group_value;
+  std::vector<W> z, scores, choice, dselected, group_value;
   std::vector<int64_t> group_index;
 
   Scratch(int64_t num_experts, const Options& o)
       : z(num_experts),
         scores(num_experts),
         choice(num_experts),
-        best(std::max(o.top_k, o.top_groups)),
+        dselected(o.top_k),
         group_value(o.num_groups),
         group_index(o.top_groups) {}
 };
@@ -93,10 +89,10 @@ inline void keep_best_groups(int64_t num_experts, const Options& o, Scratch<W>& 
       second = std::max(second, std::min(first, c[i]));
       first = std::max(first, c[i]);
     }
-    row.group_value[group] = o.is_top2_sum ? first + second : first;
+    const W value = o.is_top2_sum ? first + second : first;
+    row.group_value[group] = value == value ? value : kLowest<W>;
   }
-  largest(row.group_value.data(), o.num_groups, o.top_groups, row.best.data(),
-          row.group_index.data());
+  largest(row.group_value.data(), o.num_groups, o.top_groups, row.group_index.data());
   for (int64_t group = 0; group < o.num_groups; ++group) {
     if (std::find(row.group_index.begin(), row.group_index.end(), group) != row.group_index.end())
       continue;
@@ -159,7 +155,7 @@ inline void choose(const RowFacts<W>& facts, const W* bias, int64_t num_experts,
     c[e] = facts.is_void || value != value ? kLowest<W> : value;
   }
   if (o.num_groups > 0) keep_best_groups(num_experts, o, row);
-  largest(c, num_experts, o.top_k, row.best.data(), experts);
+  largest(c, num_experts, o.top_k, experts);
 }
 
 // weights [K] and, for sigmoid scores, picked [K].

@@ -200,6 +200,14 @@ def test_nan_and_infinite_logits(mode, losses, backend, device) -> None:
         assert_within_budget(routing.weights, truth.weights, truth.weights, "weights")
 
 
+def test_a_group_of_both_infinities_sorts_last(backend, device) -> None:
+    """inf - inf is no number: such a group must not be chosen, nor lead out of the row."""
+    z = torch.tensor([[INF, -INF, INF, -INF, 1.0, 2.0], [INF, -INF] * 3], device=device)
+    options = {"num_groups": 3, "top_groups": 2, "group_score": "top2_sum"}
+    routing = moe_route(z, 3, score="sigmoid", order="topk_then_score", backend=backend, **options)
+    assert routing.experts.tolist() == [[0, 5, 4], [0, 2, 1]]
+
+
 def test_masked_experts_get_weight_zero(backend, device) -> None:
     z = torch.tensor([[1.0, -INF, 2.0, -INF]], device=device, requires_grad=True)
     for score in ("softmax", "sigmoid"):

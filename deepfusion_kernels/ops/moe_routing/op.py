@@ -63,9 +63,7 @@ def moe_route(
     expect_option(order, "moe_route", "order", ("score_then_topk", "topk_then_score"))
     expect_option(group_score, "moe_route", "group_score", ("max", "top2_sum"))
     _expect_numbers(scale, balance_loss_weight, z_loss_weight)
-    bias = None if selection_bias is None else selection_bias.detach()
-    if bias is not None:
-        expect(bias, "moe_route", "selection_bias", "E", like=router_logits, E=E)
+    bias = _expect_bias(selection_bias, router_logits)
     groups = _expect_groups(num_groups, top_groups, group_score, E)
     limit = groups[1] * E // groups[0] if num_groups else E
     expect_that(1 <= top_k <= limit, "moe_route", "top_k", f"within 1 .. {limit}", top_k)
@@ -96,6 +94,14 @@ def _expect_numbers(scale: float, balance: float, z: float) -> None:
     expect_that(scale != 0 and abs(scale) < math.inf, "moe_route", "scale", wanted, scale)
     for name, value in (("balance_loss_weight", balance), ("z_loss_weight", z)):
         expect_that(abs(value) < math.inf, "moe_route", name, "finite", value)
+
+
+def _expect_bias(bias: Tensor | None, logits: Tensor) -> Tensor | None:
+    """The selection bias without its graph: it only chooses."""
+    if bias is None:
+        return None
+    expect(bias, "moe_route", "selection_bias", "E", like=logits, E=logits.shape[1])
+    return bias.detach()
 
 
 def _expect_groups(

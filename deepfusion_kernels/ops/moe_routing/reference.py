@@ -41,6 +41,7 @@ def _choose(z_TE: Tensor, scores_TE: Tensor, bias: Tensor | None, options: Optio
         grouped = choice_TE.view(T, options.num_groups, E // options.num_groups)
         best = grouped.sort(dim=-1, descending=True).values
         value_TG = best[..., :2].sum(-1) if options.is_top2_sum else best[..., 0]
+        value_TG = value_TG.masked_fill(value_TG.isnan(), lowest)
         kept_TG = torch.zeros_like(value_TG, dtype=torch.bool)
         kept_TG = kept_TG.scatter(-1, _largest(value_TG, options.top_groups), True)
         choice_TE = grouped.masked_fill(~kept_TG[..., None], lowest).view(T, E)
