@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
 from deepfusion_kernels import fused_linear_kl_distillation
@@ -73,7 +72,8 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     tall = matrices.shape[-2] > matrices.shape[-1]
     # a CPU without bfloat16 instructions would emulate every product
     is_fast = matrices.is_cuda or torch.cpu._is_avx512_bf16_supported()
-    X = (matrices.mT if tall else matrices).to(torch.bfloat16 if is_fast else torch.float32)
+    X: Tensor = matrices.mT if tall else matrices
+    X = X.to(torch.bfloat16 if is_fast else torch.float32)
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     a, b, c = _QUINTIC
     for _ in range(_ROUNDS):
