@@ -7,6 +7,7 @@ times `eager` through torch.compile as well.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,3 +47,38 @@ def eager_kl_distillation(
         return loss
     rows = loss.numel() if labels is None else (labels != -100).sum()
     return loss.sum() if reduction == "sum" else loss.sum() / rows
+
+
+def eager_fused_linear_kl_distillation(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    labels: Tensor | None = None,
+    *,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    chunk_bytes: int | None = None,
+    **options: Any,
+) -> Tensor:
+    """Both heads' logits whole in the input dtype, then the eager losses in float32."""
+    student = student_hidden @ student_weight.T
+    if teacher_hidden is None or teacher_weight is None:
+        return ce_weight * F.cross_entropy(student.float(), labels)
+    teacher = teacher_hidden @ teacher_weight.T
+    loss = eager_kl_distillation(student, teacher, **options)
+    if ce_weight:
+        loss = kd_weight * loss + ce_weight * F.cross_entropy(student.float(), labels)
+    return loss
+
+
+def eager_topk_kl_distillation(
+    student_logits: Tensor, teacher_ids: Tensor, teacher_logprobs: Tensor
+) -> Tensor:
+    """forward_kl over the kept tokens and one bucket of the rest, temperature 1, mean."""
+    ln_q = F.log_softmax(student_logits.float(), -1).gather(-1, teacher_ids)
+    sides = []
+    for ln in (ln_q, teacher_logprobs.float()):
+        rest = (1 - ln.exp().sum(-1, keepdim=True)).clamp(min=2.0**-24).log()
+        sides.append(torch.cat([ln, rest], -1))
+    return F.kl_div(*sides, reduction="none", log_target=True).sum(-1).mean()

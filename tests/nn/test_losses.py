@@ -1,4 +1,4 @@
-"""The loss modules hold options and hand tensors on; compact drops rows and changes nothing else."""
+"""The loss modules hold options and hand tensors on; compact drops rows, nothing else."""
 
 import pytest
 import torch

@@ -87,8 +87,8 @@ def test_reference_is_the_gradient_of_its_second_spelling(divergence: str) -> No
     arguments = inputs(5, 9, torch.float64)
     arguments["row_weight"] = arguments["row_weight"].double()
     options = {
-        "divergence": divergence, "beta": 0.3, "temperature": 2.0, "kd_weight": 0.7, "ce_weight": 0.5,
-        "scale_by_temperature_squared": True,
+        "divergence": divergence, "beta": 0.3, "temperature": 2.0, "kd_weight": 0.7,
+        "ce_weight": 0.5, "scale_by_temperature_squared": True,
     }  # fmt: skip
     for reduction in ("mean", "sum", "none"):
         ours = run(arguments, "reference", reduction=reduction, **options)

@@ -1,7 +1,7 @@
 """Distillation and cross entropy from hidden states and heads, without the logits in memory.
 
 Two ways, chosen at the door by how many rows of logits chunk_bytes holds:
-    many   the gradient of a chunk is formed while its logits are there, in forward; backward scales it
+    many   a chunk's gradient is formed in forward, while its logits are there; backward scales it
     few    forward keeps a few statistics of each row; backward projects again, vocabulary outermost
 """
 
@@ -29,7 +29,7 @@ from .problem import Gradients, Problem, Wants
 OP = "fused_linear_kl_distillation"
 DOORS = ("fused_linear_kl_distillation",)
 IMPLS = {"reference": reference, "cpu": native_impl}
-# below this a chunk's GEMMs no longer hide the traffic of the weight's gradient; docs/ops/fused_linear_kl.md
+# with fewer rows the traffic of dW costs more than projecting twice; docs/ops/fused_linear_kl.md
 MIN_CHUNK_ROWS = 128
 CPU_CHUNK_BYTES = 2 << 20
 Teacher = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -61,10 +61,10 @@ def fused_linear_kl_distillation(
 ) -> Tensor:
     """Loss kd_weight KD + ce_weight CE of the logits hidden @ weight.T + bias, in float32.
 
-    student_hidden [..., D_s], student_weight [V_s, D_s], student_bias [V_s]; the teacher's alike and
-    detached, or None with kd_weight = 0; labels [...] integer; row_weight [...] float -> scalar, or
+    student_hidden [..., D_s], student_weight [V_s, D_s], student_bias [V_s]; the teacher's alike
+    and detached, or None with kd_weight = 0; labels [...] integer; row_weight [...] float -> scalar, or
     [...] for reduction 'none'. vocab_align 'truncate' compares the first min(V_s, V_t) columns.
-    chunk_bytes bounds the logits in memory at a time; grad_weight_dtype accumulates d student_weight.
+    chunk_bytes bounds the logits in memory; grad_weight_dtype accumulates d student_weight.
     Formula and gradient: docs/ops/fused_linear_kl.md. Raises ValueError naming the argument.
     """
     options = kl_options(
@@ -115,7 +115,7 @@ def _teacher(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> Teacher:
-    """The teacher's tensors, rows flattened: at the student's tokens, of its vocabulary V, constant."""
+    """The teacher's tensors, rows flattened: the student's tokens, its vocabulary V, no gradient."""
     if hidden is None or weight is None:
         missing = "teacher_hidden" if hidden is None else "teacher_weight"
         raise ValueError(f"{OP}: {missing} must be given when kd_weight != 0, got None")

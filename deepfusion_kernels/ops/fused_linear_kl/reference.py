@@ -106,7 +106,7 @@ def _compared(problem: Problem, student_TV: Tensor, teacher_TV: Tensor) -> tuple
 
 
 def _targets(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Labels [T, 1], 0 where masked or unknown; and what to add to a row: NaN where unknown, else 0."""
+    """Labels [T, 1], 0 where masked or unknown; and what to add to a row: NaN where unknown."""
     assert problem.labels is not None, "the door lets ce_weight != 0 pass only with labels"
     V = problem.student_weight.shape[0]
     labels_T = torch.where(problem.scale_T != 0, problem.labels.long(), 0)
@@ -116,7 +116,7 @@ def _targets(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _expectation(lnp_TV: Tensor, value_TV: Tensor) -> Tensor:
-    """sum p value; a column of probability zero adds nothing, one that merely underflows keeps its inf."""
+    """sum p value; a column of probability zero adds nothing, one that underflows keeps its inf."""
     terms_TV = torch.where(value_TV == torch.inf, torch.inf, lnp_TV.exp() * value_TV)
     return torch.where(lnp_TV == -torch.inf, 0, terms_TV).sum(-1)
 

@@ -39,8 +39,9 @@ class Head:
         self.bias: Tensor | None = getattr(problem, f"{side}_bias")
         self.columns, self.wide = columns, problem.wide
         hidden: Tensor = getattr(problem, f"{side}_hidden").to(problem.wide)
+        masked_T = problem.scale_T == 0
         # masked rows as zeros: 0 * NaN would reach the weight's gradient
-        self.hidden = torch.where(problem.scale_T[:, None] == 0, 0, hidden)
+        self.hidden = hidden.masked_fill(masked_T[:, None], 0) if masked_T.any() else hidden
         self.memory = self.hidden.new_empty(tile[0] * min(tile[1], columns))
         self.widened: tuple[int, Tensor] | None = None
 

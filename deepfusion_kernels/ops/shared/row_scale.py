@@ -9,7 +9,7 @@ from .kl_options import Rows
 
 
 def row_scale(like_TD: Tensor, rows: Rows, reduction: str, wide: torch.dtype) -> Tensor:
-    """Row weights [T], over their sum for 'mean'; 0 where masked, and everywhere if all rows are."""
+    """Row weights [T], over their sum for 'mean'; 0 where masked, even if all rows are."""
     T = like_TD.shape[0]
     scale_T = like_TD.new_ones(T, dtype=wide)
     if rows.weight_T is not None:

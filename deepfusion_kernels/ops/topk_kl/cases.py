@@ -1,4 +1,4 @@
-"""Shapes of the top-k loss: tiny ones for tests, and a kept teacher of a small and of a large vocabulary."""
+"""Shapes of the top-k loss: tiny ones for tests, a small and a large vocabulary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows in C++: the vocabulary is swept once a direction, the kept ids are worked off beside it."""
+"""The rows in C++: one sweep of the vocabulary a direction, the kept ids beside it."""
 
 from __future__ import annotations
 

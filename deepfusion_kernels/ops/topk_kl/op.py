@@ -38,10 +38,10 @@ def topk_kl_distillation(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """Loss kd_weight KD + ce_weight CE, where KD sees the teacher's kept tokens and a rule for the rest.
+    """Loss kd_weight KD + ce_weight CE; KD sees the teacher's kept tokens and a rule for the rest.
 
-    student_logits [..., V] float; teacher_ids [..., K] int32 or int64, ids outside [0, V) are padding
-    and the first of equal ids counts; teacher_logprobs [..., K] float, ln p at the temperature in use;
+    student_logits [..., V] float; teacher_ids [..., K] int32 or int64: ids outside [0, V) are
+    padding, of equal ids the first counts; teacher_logprobs [..., K], ln p at the temperature used;
     labels [...]; row_weight [...] -> float32 scalar, or [...] for reduction 'none'. tail 'bucket'
     compares the rest as one outcome, 'zero' drops it, 'renormalize' compares the kept tokens alone.
     Formula and gradient: docs/ops/topk_kl.md. Raises ValueError naming the argument.

@@ -14,8 +14,7 @@ FLOOR = 2.0**-24
 class Problem(NamedTuple):
     """Tokens stand in two dimensions, so that logits[:, :-1] needs no copy; T = A * B.
 
-    scale_T is the row weight times 1/n, and 0 marks a masked row; kd_scale = kd_weight kappa holds the tau^2 of
-    `scale_by_temperature_squared`.
+    scale_T is the row weight times 1/n, and 0 marks a masked row; kd_scale = kd_weight kappa.
     """
 
     student_ABV: Tensor

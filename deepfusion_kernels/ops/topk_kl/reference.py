@@ -5,7 +5,8 @@ bucket       divergence between (p_S, p_o) and (q_S, q_o),  p_o = 1 - P_S,  q_o 
              on S: H_k - q_k H,  off S: q_i (H_o / q_o - H),  H = sum H_k
 zero         sum_S p (ln p - ln q);              on S: P_S q - p,  off S: P_S q
 renormalize  divergence between softmax_S(ln p) and softmax_S(s / tau); on S: H_k - q_k H, off S: 0
-H_k          forward_kl -p_k;  reverse_kl q_k (ln q_k - ln p_k - KD);  jsd (1 - beta) q_k (v_k - K_s)
+H_k          forward_kl -p_k;  reverse_kl q_k (ln q_k - ln p_k - KD);
+                 jsd (1 - beta) q_k (v_k - K_s),  v = ln(q/m),  K_s = sum q v
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _logits(problem: Problem) -> Tensor:
 
 
 def _targets(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Labels [T, 1], 0 where masked or unknown; and what to add to a row: NaN where unknown, else 0."""
+    """Labels [T, 1], 0 where masked or unknown; and what to add to a row: NaN where unknown."""
     assert problem.labels is not None, "the door lets ce_weight != 0 pass only with labels"
     V = problem.student_ABV.shape[-1]
     labels_T = torch.where(problem.scale_T != 0, problem.labels.long(), 0)
@@ -108,7 +109,7 @@ def _outcomes(problem: Problem, logits_TV: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def _expectation(lnp_TK: Tensor, value_TK: Tensor) -> Tensor:
-    """sum p value; an outcome of probability zero adds nothing, one that merely underflows keeps its inf."""
+    """sum p value; an outcome of probability zero adds nothing, one that underflows keeps inf."""
     terms_TK = torch.where(value_TK == torch.inf, torch.inf, lnp_TK.exp() * value_TK)
     return torch.where(lnp_TK == -torch.inf, 0, terms_TK).sum(-1)
 
