@@ -87,7 +87,8 @@ def _controls(
             config.tune,
             config.merge,
             config.run.seed,
-            steps=steps + config.federation.num_devices * config.devices.steps,
+            steps=config.controls.centralised_steps
+            or steps + config.federation.num_devices * config.devices.steps,
             recorder=here.recorder,
             checkpoint=here.checkpoint("control-centralised", config.tune.checkpoint_steps),
             kernels=config.run.kernels,

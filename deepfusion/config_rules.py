@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 # Attention of the target must be the base's (method.md, 6); a path is judged when it is read.
 BASES_THAT_CANNOT = {
-    "qwen2_moe": ("gpt2", "deepseek_v3"),
-    "deepseek_v3": ("gpt2", "llama", "qwen2"),
+    "qwen2_moe": ("gpt2", "deepseek-base"),
+    "deepseek_v3": ("gpt2", "llama", "qwen2", "qwen2-base"),
 }
 
 

@@ -75,9 +75,9 @@ class FederationConfig:
 class TrainingConfig:
     """What every stage that trains has."""
 
-    steps: int = key(100, "optimiser steps", least=0)
+    steps: int = key(200, "optimiser steps", least=0)
     batch_size: int = key(8, "sequences of one step", least=1)
-    lr: float = key(1e-3, "largest learning rate; cosine to 0", above=0.0)
+    lr: float = key(0.02, "largest learning rate; cosine to 0", above=0.0)
     optimizer: str = key("adamw", "muon: matrices by Muon, rest by AdamW", options=OPTIMIZERS)
     weight_decay: float = key(0.0, "decoupled weight decay of matrices", least=0.0)
     warmup_share: float = key(0.03, "share of the steps with a rising rate", least=0.0, below=1.0)
@@ -131,7 +131,7 @@ class ClusterConfig:
 class BaseConfig(TrainingConfig):
     """The dense base model."""
 
-    model: str = key("qwen2", "a name, or the path of a checkpoint", some=True)
+    model: str = key("qwen2-base", "a name, or the path of a checkpoint", some=True)
     steps: int = key(300, "public-text steps from scratch; 0: as it is", least=0)
     optimizer: str = key("muon", "muon: matrices by Muon, rest by AdamW", options=OPTIMIZERS)
 
@@ -140,6 +140,7 @@ class BaseConfig(TrainingConfig):
 class DistillConfig(TrainingConfig):
     """Phase II: proxy to base, K times: L_CE + alpha L_FM + beta L_KL."""
 
+    steps: int = key(60, "optimiser steps of each student", least=0)
     alpha: float = key(0.05, "weight of the features' loss", least=0.0)
     beta: float = key(1.0, "weight of the KL loss", least=0.0)
     temperature: float = key(1.0, "of both distributions; the loss is times its square", above=0.0)
@@ -180,6 +181,7 @@ class MergeConfig:
 class TuneConfig(TrainingConfig):
     """Phase III: train what the experts share."""
 
+    steps: int = key(60, "optimiser steps; all of the server's where recipe = 'direct'", least=0)
     train: str = key("shared", "all but the experts, or all", options=("shared", "all"))
     balance_loss_weight: float = key(0.0, "pull towards equal loads", least=0.0)
     teacher_weight: float = key(1.0, "KL to the best-matching proxy; 0: the paper", least=0.0)
@@ -208,6 +210,7 @@ class ControlsConfig:
 
     dense: bool = key(True, "one dense base on the same stream with the same KL")
     centralised: bool = key(True, "the same mixture on all text of the devices")
+    centralised_steps: int = key(0, "its steps; 0: all devices' and the server's together", least=0)
 
 
 # Keys that a recipe sets where the file does not (method.md, 13); "recommended" is the defaults.
@@ -218,5 +221,5 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "tune": {"teacher_weight": 0.0, "balance_text": False},
     },
     "recommended": {},
-    "direct": {"tune": {"train": "all", "router_supervision": 0.1}},
+    "direct": {"tune": {"steps": 300, "train": "all", "router_supervision": 0.1}},
 }
