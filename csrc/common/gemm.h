@@ -151,15 +151,36 @@ inline void multiply_rows(int count, const unit_t<S>* const* rows, int64_t step,
   }
 }
 
+// Rows `stride` bytes apart whose first `bytes` bytes will be wanted next: fetched a part at a time
+// while tiles are multiplied, so that packing them does not wait for memory.
+struct Ahead {
+  const void* base = nullptr;
+  int64_t rows = 0;
+  int64_t stride = 0;
+  int64_t bytes = 0;
+  // distance to a second such region, if there is one
+  int64_t twin = 0;
+  void fetch(int64_t part, int64_t parts) const {
+    for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; ++row) {
+      const char* line = static_cast<const char*>(base) + row * stride;
+      for (int64_t at = 0; at < bytes; at += 64) {
+        __builtin_prefetch(line + at, 0, 3);
+        if (twin) __builtin_prefetch(line + at + twin, 0, 3);
+      }
+    }
+  }
+};
+
 // All rows against one panel; row_at(i) points at A(i, 0), finish(i, sums) takes each finished row
 // of kColumns sums.
 template <typename S, typename RowAt, typename Finish>
 inline void sweep(const RowAt& row_at, int64_t num_rows, int64_t step, const unit_t<S>* panel,
-                  int64_t steps, const Finish& finish) {
+                  int64_t steps, const Ahead& ahead, const Finish& finish) {
   alignas(64) typename Operand<S>::Wide out[kTileRows * kColumns<S>];
   for (int64_t i = 0; i < num_rows; i += kTileRows) {
     const int count = static_cast<int>(std::min<int64_t>(kTileRows, num_rows - i));
     const unit_t<S>* shifted[kTileRows];
+    ahead.fetch(i / kTileRows, (num_rows + kTileRows - 1) / kTileRows);
     int64_t k = 0;
     do {
       const int64_t piece = std::min(kSumSteps, steps - k);

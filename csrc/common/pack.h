@@ -80,28 +80,77 @@ void pack_rows(const T* const* sources, int64_t depth, unit_t<S>* panel) {
   }
 }
 
+template <int64_t WIDTH, typename T>
+inline void load_row(const T* source, int64_t count, T* row) {
+  if (count == WIDTH) {
+    std::memcpy(row, source, sizeof(T) * WIDTH);
+  } else {
+    std::memset(row, 0, sizeof(T) * WIDTH);
+    std::memcpy(row, source, sizeof(T) * count);
+  }
+}
+
 // panel[k][lane] = row_at(k)[lane] for `count` lanes of WIDTH: columns of a matrix that is
 // contiguous across k.
 template <typename S, int64_t WIDTH, typename RowAt>
 void pack_columns(const RowAt& row_at, int64_t depth, int64_t count, unit_t<S>* panel) {
   using T = std::remove_cvref_t<decltype(*row_at(0))>;
-  for (int64_t k = 0; k < depth; k += Operand<S>::kDepth, panel += WIDTH) {
-    alignas(64) T padded[2][WIDTH] = {};
-    const T* row[2] = {row_at(k), padded[1]};
-    if (k + 1 < depth && Operand<S>::kDepth == 2) row[1] = row_at(k + 1);
-    if (count < WIDTH) {
-      for (int side = 0; side < Operand<S>::kDepth; ++side) {
-        for (int64_t lane = 0; lane < count; ++lane) padded[side][lane] = row[side][lane];
-        row[side] = padded[side];
-      }
-    }
-    if constexpr (Operand<S>::kDepth == 1) {
-      for (int64_t lane = 0; lane < WIDTH; ++lane) panel[lane] = convert<S>(row[0][lane]);
+  constexpr int64_t kDepth = Operand<S>::kDepth;
+  for (int64_t k = 0; k < depth; k += kDepth, panel += WIDTH) {
+    // copies of known length: the panel may alias anything, so values read through pointers would
+    // be read one by one
+    T row[WIDTH];
+    load_row<WIDTH>(row_at(k), count, row);
+    if constexpr (kDepth == 1) {
+      for (int64_t lane = 0; lane < WIDTH; ++lane) panel[lane] = convert<S>(row[lane]);
     } else {
+      T below[WIDTH] = {};
+      if (k + 1 < depth) load_row<WIDTH>(row_at(k + 1), count, below);
+      uint32_t pairs[WIDTH];
       for (int64_t lane = 0; lane < WIDTH; ++lane) {
-        panel[lane] = row[0][lane].x | static_cast<uint32_t>(row[1][lane].x) << 16;
+        pairs[lane] = row[lane].x | static_cast<uint32_t>(below[lane].x) << 16;
       }
+      std::memcpy(panel, pairs, sizeof(pairs));
     }
+  }
+}
+
+// The first `count` of N lanes, widened; zeros beyond them.
+template <int64_t N, typename W, typename T>
+inline void load_lanes(const T* source, int64_t count, W* lanes) {
+  if (count == N) {
+    for (int64_t lane = 0; lane < N; ++lane) lanes[lane] = to_wide(source[lane]);
+  } else {
+    std::fill_n(lanes, N, W(0));
+    for (int64_t lane = 0; lane < count; ++lane) lanes[lane] = to_wide(source[lane]);
+  }
+}
+
+// To nearest even, NaN stays NaN; integers only, so that a loop over it becomes vector code.
+inline uint16_t bfloat16_bits(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+}
+
+// The first `count` of N lanes, rounded to T.
+template <int64_t N, typename T, typename W>
+inline void store_lanes(const W* lanes, int64_t count, T* target) {
+  constexpr bool kBits = std::is_same_v<T, BFloat16>;
+  alignas(64) std::conditional_t<kBits, uint16_t, T> narrow[N];
+#pragma omp simd
+  for (int64_t lane = 0; lane < N; ++lane) {
+    if constexpr (kBits) {
+      narrow[lane] = bfloat16_bits(lanes[lane]);
+    } else {
+      narrow[lane] = from_wide<T>(lanes[lane]);
+    }
+  }
+  // a copy of known length is a few stores
+  if (count == N) {
+    std::memcpy(target, narrow, sizeof(T) * N);
+  } else {
+    std::memcpy(target, narrow, sizeof(T) * count);
   }
 }
 

@@ -8,6 +8,33 @@
 
 namespace deepfusion::inline DF_LEVEL {
 
+// One row's columns of a panel: dh and a' from dA' (`sums`) and h; returns their part of dw.
+template <typename S, Activation ACT, typename T, typename W>
+inline W gate_gradient(const T* h, int64_t F, const W* sums, int64_t count, W weight, S* dh,
+                       S* scaled) {
+  constexpr int64_t N = kColumns<S>;
+  alignas(64) W gate[N], up[N], dgate[N], dup[N], act[N];
+  load_lanes<N>(h, count, gate);
+  load_lanes<N>(h + F, count, up);
+  for (int64_t lane = 0; lane < N; ++lane) {
+    const auto [value, slope] = activate<ACT>(gate[lane]);
+    const W da = weight * sums[lane];
+    dgate[lane] = da * up[lane] * slope;
+    dup[lane] = da * value;
+    act[lane] = value * up[lane];
+  }
+  store_lanes<N>(dgate, count, dh);
+  store_lanes<N>(dup, count, dh + F);
+  W dot = 0;
+#pragma omp simd reduction(+ : dot)
+  for (int64_t lane = 0; lane < count; ++lane) dot += sums[lane] * act[lane];
+  if (scaled) {
+    for (int64_t lane = 0; lane < N; ++lane) act[lane] *= weight;
+    store_lanes<N>(act, count, scaled);
+  }
+  return dot;
+}
+
 // dh, a' (where wanted) and dw of a block; dh begins with the block's first row.
 template <typename T, typename S>
 void activation_block(const Experts<T, S>& e, RowBlock block, const S* dout,
@@ -22,26 +49,16 @@ void activation_block(const Experts<T, S>& e, RowBlock block, const S* dout,
   for (int64_t f = 0; f < F; f += kColumns<S>) {
     const int64_t count = std::min(kColumns<S>, F - f);
     pack_columns<S, kColumns<S>>([&](int64_t d) { return weight + d * F + f; }, D, count, panel);
+    const int64_t next = f + kColumns<S>, bytes = sizeof(T) * kColumns<S>;
+    const Ahead ahead{weight + next, next < F ? D : 0, F * int64_t{sizeof(T)}, bytes};
     with_activation(e.activation, [&](auto activation) {
-      sweep<S>(row_at, block.end - block.begin, 1, panel, steps_of<S>(D),
+      sweep<S>(row_at, block.end - block.begin, 1, panel, steps_of<S>(D), ahead,
                [&](int64_t i, const auto* sums) {
-                 const int64_t r = block.begin + i;
-                 const Wide w = weights[e.order[r]];
-                 const T* gate = h + r * 2 * F + f;
-                 const T* up = gate + F;
-                 S* dgate = dh + i * 2 * F + f;
-                 S* dup = dgate + F;
-                 Wide dot = 0;
-#pragma omp simd reduction(+ : dot)
-                 for (int64_t lane = 0; lane < count; ++lane) {
-                   const auto [value, slope] = activate<activation>(to_wide(gate[lane]));
-                   const Wide u = to_wide(up[lane]), da = w * sums[lane];
-                   dot += sums[lane] * value * u;
-                   dgate[lane] = from_wide<S>(da * u * slope);
-                   dup[lane] = from_wide<S>(da * value);
-                   if (scaled) scaled[r * F + f + lane] = from_wide<S>(w * value * u);
-                 }
-                 dweights[e.order[r]] = (f ? dweights[e.order[r]] : Wide(0)) + dot;
+                 const int64_t r = block.begin + i, slot = e.order[r];
+                 const Wide dot = gate_gradient<S, activation>(
+                     h + r * 2 * F + f, F, sums, count, weights[slot], dh + i * 2 * F + f,
+                     scaled ? scaled + r * F + f : nullptr);
+                 dweights[slot] = (f ? dweights[slot] : Wide(0)) + dot;
                });
     });
   }
@@ -58,61 +75,84 @@ void input_block(const Experts<T, S>& e, RowBlock block, unit_t<S>* panel, const
     const int64_t count = std::min(kColumns<S>, D - d);
     pack_columns<S, kColumns<S>>([&](int64_t f) { return weight + f * D + d; }, 2 * F, count,
                                  panel);
-    sweep<S>(row_at, block.end - block.begin, 1, panel, steps_of<S>(2 * F),
+    const int64_t next = d + kColumns<S>, bytes = sizeof(T) * kColumns<S>;
+    const Ahead ahead{weight + next, next < D ? 2 * F : 0, D * int64_t{sizeof(T)}, bytes};
+    sweep<S>(row_at, block.end - block.begin, 1, panel, steps_of<S>(2 * F), ahead,
              [&](int64_t i, const auto* sums) {
-               std::copy_n(sums, count, dx + (block.begin + i) * D + d);
+               store_lanes<kColumns<S>>(sums, count, dx + (block.begin + i) * D + d);
              });
   }
 }
 
-// out[e] = left^T right over the rows of expert e, rows ascending: [m, n] of left_at(r)[m],
-// right_at(r)[n].
-template <typename T, typename S, typename Left, typename Right>
-void weight_gradient(const Experts<T, S>& e, const Tensor& like, int64_t m, const Left& left_at,
-                     int64_t n, const Right& right_at, T* out) {
+// One projection's gradient: out[e] = left^T right over the rows of expert e, rows ascending, with
+// left_at(r)[m] and right_at(r)[n].
+template <typename T, typename Left, typename Right>
+struct WeightGradient {
+  T* out;
+  int64_t m;
+  Left left_at;
+  int64_t n;
+  Right right_at;
+};
+
+// A share's panels of one weight gradient.
+template <typename T, typename S, typename Gradient>
+void weight_panels(const Experts<T, S>& e, const Gradient& g, int64_t share, int64_t shares,
+                   unit_t<S>* left, int64_t left_units, unit_t<S>* panel) {
+  const int64_t panels = (g.n + kColumns<S> - 1) / kColumns<S>;
+  const auto body = [&](int64_t expert, int64_t first, int64_t last) {
+    const int64_t start = e.offsets[expert], depth = e.offsets[expert + 1] - start;
+    const int64_t steps = steps_of<S>(depth);
+    const int64_t width = left_units / (steps * kTileRows) * kTileRows;
+    const auto row_at = [&](int64_t i) {
+      return left + i / kTileRows * kTileRows * steps + i % kTileRows;
+    };
+    for (int64_t i0 = 0; i0 < g.m; i0 += width) {
+      const int64_t rows = std::min(width, g.m - i0);
+      for (int64_t i = 0; i < rows; i += kTileRows) {
+        pack_columns<S, kTileRows>([&](int64_t k) { return g.left_at(start + k) + i0 + i; }, depth,
+                                   std::min<int64_t>(kTileRows, rows - i), left + i * steps);
+      }
+      for (int64_t j = first * kColumns<S>; j < std::min(g.n, last * kColumns<S>);
+           j += kColumns<S>) {
+        const int64_t count = std::min(kColumns<S>, g.n - j);
+        pack_columns<S, kColumns<S>>([&](int64_t k) { return g.right_at(start + k) + j; }, depth,
+                                     count, panel);
+        T* target = g.out + (expert * g.m + i0) * g.n + j;
+        sweep<S>(row_at, rows, kTileRows, panel, steps, Ahead{}, [&](int64_t i, const auto* sums) {
+          store_lanes<kColumns<S>>(sums, count, target + i * g.n);
+        });
+      }
+    }
+  };
+  for_panels(e.offsets, e.size.E, share, shares, panels, body);
+}
+
+// Each gradient whose `out` is not null.
+template <typename T, typename S, typename... Gradients>
+void weight_gradients(const Experts<T, S>& e, const Tensor& like, const Gradients&... gradients) {
+  using Wide = typename Operand<S>::Wide;
   const int64_t shares = num_shares(), E = e.size.E;
   int64_t busiest = 0;
-  for (int64_t x = 0; x < E; ++x)
+  for (int64_t x = 0; x < E; ++x) {
     busiest = std::max<int64_t>(busiest, e.offsets[x + 1] - e.offsets[x]);
+  }
   const int64_t left_units = std::max(kLeftUnits, steps_of<S>(busiest) * kTileRows);
-  Scratch<typename Operand<S>::Wide> panels(like, shares, steps_of<S>(busiest) * kColumns<S>);
-  Scratch<typename Operand<S>::Wide> lefts(like, shares, left_units);
+  Scratch<Wide> panels(like, shares, steps_of<S>(busiest) * kColumns<S>);
+  Scratch<Wide> lefts(like, shares, left_units);
+  const auto clear = [&](const auto& g, int64_t x) {
+    if (g.out) std::fill_n(g.out + x * g.m * g.n, g.m * g.n, T(0));
+  };
   for_rows(E, 1, [&](int64_t x) {
-    if (e.offsets[x] == e.offsets[x + 1]) std::fill_n(out + x * m * n, m * n, T(0));
+    if (e.offsets[x] == e.offsets[x + 1]) (clear(gradients, x), ...);
   });
   for_shares(shares, [&](int64_t share) {
     unit_t<S>* panel = reinterpret_cast<unit_t<S>*>(panels.of(share));
     unit_t<S>* left = reinterpret_cast<unit_t<S>*>(lefts.of(share));
-    const int64_t num_panels = (n + kColumns<S> - 1) / kColumns<S>;
-    for_panels(
-        e.offsets, E, share, shares, num_panels, [&](int64_t expert, int64_t first, int64_t last) {
-          const int64_t start = e.offsets[expert], depth = e.offsets[expert + 1] - start,
-                        steps = steps_of<S>(depth);
-          const int64_t width = left_units / (steps * kTileRows) * kTileRows;
-          const auto row_at = [&](int64_t i) {
-            return left + i / kTileRows * kTileRows * steps + i % kTileRows;
-          };
-          for (int64_t i0 = 0; i0 < m; i0 += width) {
-            const int64_t rows_here = std::min(width, m - i0);
-            for (int64_t i = 0; i < rows_here; i += kTileRows) {
-              pack_columns<S, kTileRows>([&](int64_t k) { return left_at(start + k) + i0 + i; },
-                                         depth, std::min<int64_t>(kTileRows, rows_here - i),
-                                         left + i * steps);
-            }
-            for (int64_t j = first * kColumns<S>; j < std::min(n, last * kColumns<S>);
-                 j += kColumns<S>) {
-              const int64_t count = std::min(kColumns<S>, n - j);
-              pack_columns<S, kColumns<S>>([&](int64_t k) { return right_at(start + k) + j; },
-                                           depth, count, panel);
-              sweep<S>(row_at, rows_here, kTileRows, panel, steps,
-                       [&](int64_t i, const auto* sums) {
-                         T* target = out + (expert * m + i0 + i) * n + j;
-                         for (int64_t lane = 0; lane < count; ++lane)
-                           target[lane] = from_wide<T>(sums[lane]);
-                       });
-            }
-          }
-        });
+    const auto run = [&](const auto& g) {
+      if (g.out) weight_panels(e, g, share, shares, left, left_units, panel);
+    };
+    (run(gradients), ...);
   });
 }
 
@@ -141,18 +181,15 @@ void run_backward(const Experts<T, S>& e, const Tensor& dout, const Tensor& weig
     });
   });
   if (dhidden) combine(dx, static_cast<const Wide*>(nullptr), e.slots, e.size, dhidden);
-  const auto row_of = [&](const S* tokens) {
-    return [&e, tokens](int64_t r) { return e.row(tokens, r); };
-  };
-  if (ddown) {
-    const S* a = scaled.of(0);
-    weight_gradient(e, dout, D, row_of(dout_rows), F, [=](int64_t r) { return a + r * F; }, ddown);
-  }
-  if (dgate_up) {
-    const S* dh = dh_memory.of(0);
-    weight_gradient(
-        e, dout, 2 * F, [=](int64_t r) { return dh + r * 2 * F; }, D, row_of(e.x), dgate_up);
-  }
+  if (!ddown && !dgate_up) return;
+  const S* a = scaled.of(0);
+  const S* dh = dh_memory.of(0);
+  const auto dout_at = [&](int64_t r) { return e.row(dout_rows, r); };
+  const auto scaled_at = [&](int64_t r) { return a + r * F; };
+  const auto dh_at = [&](int64_t r) { return dh + r * 2 * F; };
+  const auto x_at = [&](int64_t r) { return e.row(e.x, r); };
+  weight_gradients(e, dout, WeightGradient{ddown, D, dout_at, F, scaled_at},
+                   WeightGradient{dgate_up, 2 * F, dh_at, D, x_at});
 }
 
 }  // namespace deepfusion::inline DF_LEVEL

@@ -36,7 +36,8 @@ struct Experts {
   const int32_t* order;
   const int32_t* slots;
   const int32_t* offsets;
-  const S* row(const S* tokens, int64_t r) const { return tokens + order[r] / size.K * pitch; }
+  const int32_t* token;
+  const S* row(const S* tokens, int64_t r) const { return tokens + token[r] * pitch; }
 };
 
 template <typename S>
@@ -45,9 +46,10 @@ const unit_t<S>* units(const S* row) {
 }
 
 template <typename S>
-constexpr ScalarType kDtype = std::is_same_v<S, double>  ? ScalarType::Double
-                              : std::is_same_v<S, float> ? ScalarType::Float
-                                                         : ScalarType::BFloat16;
+constexpr ScalarType kDtype = std::is_same_v<S, double>    ? ScalarType::Double
+                              : std::is_same_v<S, float>   ? ScalarType::Float
+                              : std::is_same_v<S, int32_t> ? ScalarType::Int
+                                                           : ScalarType::BFloat16;
 
 // A tensor [rows, columns] as S with an even row pitch where S pairs neighbours: a copy only where
 // it must be.

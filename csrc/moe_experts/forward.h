@@ -22,18 +22,21 @@ void up_block(const Experts<T, S>& e, RowBlock block, unit_t<S>* panel, T* h, S*
       sources[kLanes<S> + lane] = weight + (F + f + lane) * D;
     }
     pack_rows<S>(sources, D, panel);
+    const int64_t next = f + kLanes<S>, bytes = sizeof(T) * D;
+    const Ahead ahead{weight + next * D, std::clamp<int64_t>(F - next, 0, kLanes<S>), bytes, bytes,
+                      F * bytes};
     with_activation(e.activation, [&](auto activation) {
-      sweep<S>(row_at, block.end - block.begin, 1, panel, steps_of<S>(D),
+      sweep<S>(row_at, block.end - block.begin, 1, panel, steps_of<S>(D), ahead,
                [&](int64_t i, const auto* sums) {
-                 T* gate = h + (block.begin + i) * 2 * F + f;
-                 T* up = gate + F;
-                 S* product = a + i * a_pitch + f;
-                 for (int64_t lane = 0; lane < count; ++lane) {
-                   const auto g = sums[lane], u = sums[kLanes<S> + lane];
-                   gate[lane] = from_wide<T>(g);
-                   up[lane] = from_wide<T>(u);
-                   product[lane] = from_wide<S>(activate<activation>(g).value * u);
+                 alignas(64) typename Operand<S>::Wide product[kLanes<S>];
+                 const auto* up = sums + kLanes<S>;
+                 for (int64_t lane = 0; lane < kLanes<S>; ++lane) {
+                   product[lane] = activate<activation>(sums[lane]).value * up[lane];
                  }
+                 T* row = h + (block.begin + i) * 2 * F + f;
+                 store_lanes<kLanes<S>>(sums, count, row);
+                 store_lanes<kLanes<S>>(up, count, row + F);
+                 store_lanes<kLanes<S>>(product, count, a + i * a_pitch + f);
                });
     });
   }
@@ -51,9 +54,12 @@ void down_block(const Experts<T, S>& e, RowBlock block, unit_t<S>* panel, const 
     const T* sources[kColumns<S>] = {};
     for (int64_t lane = 0; lane < count; ++lane) sources[lane] = weight + (d + lane) * F;
     pack_rows<S>(sources, F, panel);
-    sweep<S>(row_at, block.end - block.begin, 1, panel, steps_of<S>(F),
+    const int64_t next = d + kColumns<S>, bytes = sizeof(T) * F;
+    const Ahead ahead{weight + next * F, std::clamp<int64_t>(D - next, 0, kColumns<S>), bytes,
+                      bytes};
+    sweep<S>(row_at, block.end - block.begin, 1, panel, steps_of<S>(F), ahead,
              [&](int64_t i, const auto* sums) {
-               std::copy_n(sums, count, y + (block.begin + i) * D + d);
+               store_lanes<kColumns<S>>(sums, count, y + (block.begin + i) * D + d);
              });
   }
 }
@@ -80,6 +86,7 @@ void run_forward(const Experts<T, S>& e, const Tensor& hidden, const Tensor& wei
       down_block(e, block, panel, a, a_pitch, y);
     });
   });
+  // rows of sentinels are never read again; zeros make every call's result the same
   std::fill(h + e.offsets[E] * 2 * F, h + e.size.rows() * 2 * F, T(0));
   combine(y, weights.const_data_ptr<Wide>(), e.slots, e.size, out);
 }

@@ -37,7 +37,11 @@ Sizes sizes_of(const Tensor& hidden, const Tensor& gate_up, const Tensor& down,
 template <typename T, typename S>
 Experts<T, S> experts_of(Sizes size, int64_t activation, const Tensor& x, const Tensor& gate_up,
                          const Tensor& down, const Tensor& order, const Tensor& slots,
-                         const Tensor& offsets) {
+                         const Tensor& offsets, Scratch<int32_t>& token) {
+  const int32_t* slot_of = order.const_data_ptr<int32_t>();
+  // a division a row, once
+  for (int64_t r = 0; r < size.rows(); ++r)
+    token.of(0)[r] = static_cast<int32_t>(slot_of[r] / size.K);
   return {size,
           static_cast<Activation>(activation),
           gate_up.const_data_ptr<T>(),
@@ -46,7 +50,8 @@ Experts<T, S> experts_of(Sizes size, int64_t activation, const Tensor& x, const 
           x.size(1),
           order.const_data_ptr<int32_t>(),
           slots.const_data_ptr<int32_t>(),
-          offsets.const_data_ptr<int32_t>()};
+          offsets.const_data_ptr<int32_t>(),
+          token.of(0)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_experts_forward_cpu(
@@ -67,13 +72,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_experts_forward_cpu(
   }
   Tensor out = torch::stable::new_empty(hidden, {size.T, size.D});
   Tensor h = torch::stable::new_empty(hidden, {size.rows(), 2 * size.F});
+  Scratch<int32_t> token(order, 1, size.rows());
   DF_DISPATCH_FLOAT(hidden.scalar_type(), "moe_experts", [&] {
     with_factor<scalar_t>([&](auto factor) {
       using S = decltype(factor);
       const Tensor x = as_factor<S>(hidden);
       const Tensor wide = torch::stable::to(weights, kDtype<wide_t<scalar_t>>);
       const auto e =
-          experts_of<scalar_t, S>(size, activation, x, gate_up, down, order, slots, offsets);
+          experts_of<scalar_t, S>(size, activation, x, gate_up, down, order, slots, offsets, token);
       run_forward(e, hidden, wide, h.mutable_data_ptr<scalar_t>(),
                   out.mutable_data_ptr<scalar_t>());
     });
@@ -99,13 +105,15 @@ std::vector<Tensor> moe_experts_backward_cpu(const Tensor& dout, const Tensor& h
   void* dhidden = want(needs_dhidden, hidden);
   void* dgate_up = want(needs_dgate_up, gate_up);
   void* ddown = want(needs_ddown, down);
+  Scratch<int32_t> token(order, 1, size.rows());
   DF_DISPATCH_FLOAT(hidden.scalar_type(), "moe_experts", [&] {
     with_factor<scalar_t>([&](auto factor) {
       using S = decltype(factor);
       using T = scalar_t;
       const Tensor x = as_factor<S>(hidden);
       const Tensor wide = torch::stable::to(weights, kDtype<wide_t<T>>);
-      const auto e = experts_of<T, S>(size, activation, x, gate_up, down, order, slots, offsets);
+      const auto e =
+          experts_of<T, S>(size, activation, x, gate_up, down, order, slots, offsets, token);
       Tensor dweights = torch::stable::new_zeros(wide, {size.T, size.K});
       run_backward(e, as_factor<S>(dout), wide, h, static_cast<T*>(dhidden),
                    static_cast<T*>(dgate_up), static_cast<T*>(ddown), dweights);
