@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -82,3 +83,39 @@ def eager_topk_kl_distillation(
         rest = (1 - ln.exp().sum(-1, keepdim=True)).clamp(min=2.0**-24).log()
         sides.append(torch.cat([ln, rest], -1))
     return F.kl_div(*sides, reduction="none", log_target=True).sum(-1).mean()
+
+
+def eager_moe_experts(
+    hidden: Tensor, gate_up_proj: Tensor, down_proj: Tensor, experts: Tensor, weights: Tensor
+) -> Tensor:
+    """One expert after the other, as transformers' own loop does it."""
+    out = torch.zeros_like(hidden)
+    for expert in range(gate_up_proj.shape[0]):
+        token, choice = torch.where(experts == expert)
+        gate, up = F.linear(hidden[token], gate_up_proj[expert]).chunk(2, -1)
+        y = F.linear(F.silu(gate) * up, down_proj[expert]) * weights[token, choice, None]
+        out.index_add_(0, token, y.to(out.dtype))
+    return out
+
+
+def grouped_mm_moe_experts(
+    hidden: Tensor, gate_up_proj: Tensor, down_proj: Tensor, experts: Tensor, weights: Tensor
+) -> Tensor:
+    """The implementation that transformers chooses by default."""
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    def apply_gate(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate) * up
+
+    module = SimpleNamespace(
+        gate_up_proj=gate_up_proj,
+        down_proj=down_proj,
+        num_experts=gate_up_proj.shape[0],
+        has_gate=True,
+        has_bias=False,
+        is_transposed=False,
+        _apply_gate=apply_gate,
+    )
+    out: Tensor = grouped_mm_experts_forward(module, hidden, experts, weights)
+    return out
