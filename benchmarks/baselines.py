@@ -7,8 +7,8 @@ times `eager` through torch.compile as well.
 from __future__ import annotations
 
 import math
-from typing import Any
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
