@@ -32,6 +32,13 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
       "int first_column, int divergence, float beta, float temperature, float kd_weight, float "
       "ce_weight) -> ()");
 
+  m.def("fused_linear_kl_multiplies_bfloat16(Tensor like) -> bool");
+  m.def(
+      "fused_linear_kl_project_bfloat16(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
+  m.def(
+      "fused_linear_kl_gradients_bfloat16(Tensor dlogits, Tensor hidden, Tensor weight, "
+      "Tensor(a!)? dhidden, Tensor(b!)? dweight, bool first) -> ()");
+
   // topk_kl
   m.def(
       "topk_kl_forward(Tensor student, Tensor ids, Tensor logprobs, Tensor? labels, Tensor scale, "

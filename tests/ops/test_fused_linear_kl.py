@@ -251,12 +251,16 @@ def test_same_inputs_give_the_same_bits(backend: str) -> None:
             assert all(torch.equal(again[name], first[name]) for name in first)
 
 
-def test_narrow_accumulator_is_used_and_bounded(backend: str) -> None:
-    arguments = inputs(300, 61)
-    options = {"chunk_bytes": CHUNKS["rows"], "backend": backend}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("narrow_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_accumulator_is_used_and_bounded(
+    narrow_dtype: torch.dtype, dtype: torch.dtype, backend: str
+) -> None:
+    arguments = inputs(300, 61, dtype)
+    options = {"chunk_bytes": CHUNKS["rows"], "backend": backend, "scale": 3.0}
     wide = run(arguments, **options)["dstudent_weight"]
-    narrow = run(arguments, grad_weight_dtype=torch.bfloat16, **options)["dstudent_weight"]
-    assert narrow.dtype == torch.float32
+    narrow = run(arguments, grad_weight_dtype=narrow_dtype, **options)["dstudent_weight"]
+    assert narrow.dtype == dtype
     assert not torch.equal(narrow, wide)
     torch.testing.assert_close(narrow, wide, rtol=0, atol=float(wide.abs().max()) * 2**-6)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..shared.kl_options import DIVERGENCES, MISSING
 from .problem import Gradients, Problem, Wants
-from .tiles import Head, add_dweight, empty_gradients, plan, spans
+from .tiles import Head, empty_gradients, plan, spans
 
 STATISTICS = 8
 SUMS = 13
@@ -33,10 +33,10 @@ def forward(
     for block in rows.blocks:
         losses_T[block], statistics[block] = rows.statistics([block])
         dlogits_TV = rows.gradient(block, 0, problem.columns, statistics, problem.scale_T)
-        if wants.hidden:
-            rows.student.add_dhidden(dlogits_TV, 0, kept.dhidden[block])
-        if wants.weight:
-            add_dweight(dlogits_TV, rows.student.hidden[block], kept.dweight, block.start == 0)
+        rows.student.add_gradients(
+            dlogits_TV, block, 0,
+            kept.dhidden if wants.hidden else None, kept.dweight if wants.weight else None,
+        )  # fmt: skip
         if wants.bias:
             kept.dbias[: problem.columns] += dlogits_TV.sum(0)
     return losses_T, statistics, kept
@@ -49,17 +49,19 @@ def backward(problem: Problem, drows_T: Tensor, statistics: Tensor, wants: Wants
     scale_T = problem.scale_T * drows_T
     # where the dtypes agree these are the results themselves
     dhidden_TD, dbias_V = gradients.dhidden.to(problem.wide), gradients.dbias.to(problem.wide)
-    same = problem.student_weight.dtype == problem.wide
+    one_block = len(rows.blocks) == 1 and not rows.student.widens
+    # a sum finished in one GEMM is rounded once; one over several blocks is added up in float32
+    same = problem.student_weight.dtype == problem.wide or one_block
     for begin, end in rows.slices:
         dslice_VD = gradients.dweight[begin:end]
         if wants.weight and not same:
             dslice_VD = torch.empty_like(dslice_VD, dtype=problem.wide)
         for block in rows.blocks:
             dlogits_TV = rows.gradient(block, begin, end, statistics, scale_T)
-            if wants.hidden:
-                rows.student.add_dhidden(dlogits_TV, begin, dhidden_TD[block])
-            if wants.weight:
-                add_dweight(dlogits_TV, rows.student.hidden[block], dslice_VD, block.start == 0)
+            rows.student.add_gradients(
+                dlogits_TV, block, begin,
+                dhidden_TD if wants.hidden else None, dslice_VD if wants.weight else None,
+            )  # fmt: skip
             if wants.bias:
                 dbias_V[begin:end] += dlogits_TV.sum(0)
         if wants.weight and not same:
@@ -69,14 +71,56 @@ def backward(problem: Problem, drows_T: Tensor, statistics: Tensor, wants: Wants
     )
 
 
+class PairHead(Head):
+    """bfloat16 factors multiplied as they are, where the processor does that."""
+
+    widens = False
+
+    def project(self, hidden_TD: Tensor, begin: int, end: int, tile_TV: Tensor) -> None:
+        bias = None if self.bias is None else self.bias[begin:end].to(self.wide)
+        _native.fused_linear_kl_project_bfloat16(hidden_TD, self.weight[begin:end], bias, tile_TV)
+
+    def add_gradients(
+        self,
+        dlogits_TV: Tensor,
+        block: slice,
+        begin: int,
+        dhidden_TD: Tensor | None,
+        dweight_VD: Tensor | None,
+    ) -> None:
+        first, into_VD = block.start == 0, dweight_VD
+        if dweight_VD is not None and dweight_VD.dtype == torch.float16:
+            into_VD, first = torch.empty_like(dweight_VD, dtype=self.wide), True
+        _native.fused_linear_kl_gradients_bfloat16(
+            dlogits_TV,
+            self.hidden[block],
+            self.weight[begin : begin + dlogits_TV.shape[1]],
+            None if dhidden_TD is None else dhidden_TD[block],
+            into_VD,
+            first,
+        )
+        if into_VD is not None and dweight_VD is not None and into_VD is not dweight_VD:
+            dweight_VD.copy_(into_VD if block.start == 0 else into_VD + dweight_VD)
+
+
+def head(problem: Problem, side: str, columns: int, tile: tuple[int, int]) -> Head:
+    """A side by the GEMM that suits its dtype; pairs need an even width and rows without gaps."""
+    weight: Tensor = getattr(problem, f"{side}_weight")
+    paired = weight.dtype == torch.bfloat16 and problem.wide == torch.float32
+    paired = paired and weight.shape[1] % 2 == 0 and weight.is_contiguous()
+    if paired and _native.fused_linear_kl_multiplies_bfloat16(weight):
+        return PairHead(problem, side, columns, tile)
+    return Head(problem, side, columns, tile)
+
+
 class Rows:
     """The C++ row kernels on the tiles of one call."""
 
     def __init__(self, problem: Problem, tile: tuple[int, int]) -> None:
         self.problem, self.T = problem, problem.scale_T.shape[0]
-        self.student = Head(problem, "student", problem.columns, tile)
+        self.student = head(problem, "student", problem.columns, tile)
         self.teacher = (
-            Head(problem, "teacher", problem.compared, tile) if problem.compared else None
+            head(problem, "teacher", problem.compared, tile) if problem.compared else None
         )
         self.blocks = [slice(*span) for span in spans(0, self.T, tile[0])]
         self.slices = list(spans(0, problem.columns, tile[1]))

@@ -62,8 +62,9 @@ def fused_linear_kl_distillation(
     """Loss kd_weight KD + ce_weight CE of the logits hidden @ weight.T + bias, in float32.
 
     student_hidden [..., D_s], student_weight [V_s, D_s], student_bias [V_s]; the teacher's alike
-    and detached, or None with kd_weight = 0; labels [...] integer; row_weight [...] float -> scalar, or
-    [...] for reduction 'none'. vocab_align 'truncate' compares the first min(V_s, V_t) columns.
+    and detached, or None with kd_weight = 0; labels [...] integer; row_weight [...] float ->
+    scalar, or [...] for reduction 'none'. vocab_align 'truncate' compares the first min(V_s, V_t)
+    columns.
     chunk_bytes bounds the logits in memory; grad_weight_dtype accumulates d student_weight.
     Formula and gradient: docs/ops/fused_linear_kl.md. Raises ValueError naming the argument.
     """
@@ -115,7 +116,7 @@ def _teacher(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> Teacher:
-    """The teacher's tensors, rows flattened: the student's tokens, its vocabulary V, no gradient."""
+    """The teacher's tensors, rows flattened: the student's tokens and vocabulary, no gradient."""
     if hidden is None or weight is None:
         missing = "teacher_hidden" if hidden is None else "teacher_weight"
         raise ValueError(f"{OP}: {missing} must be given when kd_weight != 0, got None")

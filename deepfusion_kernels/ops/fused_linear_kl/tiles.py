@@ -34,15 +34,19 @@ def plan(problem: Problem, whole_rows: bool) -> tuple[int, int]:
 class Head:
     """One side's hidden states and head; its logits appear tile by tile in memory made once."""
 
+    # whether the GEMMs want both factors in the dtype of the logits
+    widens = True
+
     def __init__(self, problem: Problem, side: str, columns: int, tile: tuple[int, int]) -> None:
         self.weight: Tensor = getattr(problem, f"{side}_weight")
         self.bias: Tensor | None = getattr(problem, f"{side}_bias")
         self.columns, self.wide = columns, problem.wide
-        hidden: Tensor = getattr(problem, f"{side}_hidden").to(problem.wide)
+        hidden: Tensor = getattr(problem, f"{side}_hidden")
+        hidden = hidden.to(problem.wide) if self.widens else hidden.contiguous()
         masked_T = problem.scale_T == 0
         # masked rows as zeros: 0 * NaN would reach the weight's gradient
         self.hidden = hidden.masked_fill(masked_T[:, None], 0) if masked_T.any() else hidden
-        self.memory = self.hidden.new_empty(tile[0] * min(tile[1], columns))
+        self.memory = hidden.new_empty(tile[0] * min(tile[1], columns), dtype=problem.wide)
         self.widened: tuple[int, Tensor] | None = None
 
     def piece(self, begin: int, end: int) -> Tensor:
@@ -62,17 +66,33 @@ class Head:
         hidden_TD = self.hidden[rows]
         T = hidden_TD.shape[0]
         tile_TV = self.memory[: T * (end - begin)].view(T, end - begin)
+        self.project(hidden_TD, begin, end, tile_TV)
+        return tile_TV
+
+    def project(self, hidden_TD: Tensor, begin: int, end: int, tile_TV: Tensor) -> None:
         for at, upto in spans(begin, end, MAX_SLICE):
             part_TV, piece_VD = tile_TV[:, at - begin : upto - begin], self.piece(at, upto)
             if self.bias is None:
                 torch.mm(hidden_TD, piece_VD.T, out=part_TV)
             else:
                 torch.addmm(self.bias[at:upto].to(self.wide), hidden_TD, piece_VD.T, out=part_TV)
-        return tile_TV
 
-    def add_dhidden(self, dlogits_TV: Tensor, begin: int, dhidden_TD: Tensor) -> None:
-        for at, upto in spans(begin, begin + dlogits_TV.shape[1], MAX_SLICE):
-            dhidden_TD.addmm_(dlogits_TV[:, at - begin : upto - begin], self.piece(at, upto))
+    def add_gradients(
+        self,
+        dlogits_TV: Tensor,
+        block: slice,
+        begin: int,
+        dhidden_TD: Tensor | None,
+        dweight_VD: Tensor | None,
+    ) -> None:
+        """dhidden += dS W; dweight = dS^T hidden for the first block of tokens, then +=."""
+        end = begin + dlogits_TV.shape[1]
+        if dhidden_TD is not None:
+            for at, upto in spans(begin, end, MAX_SLICE):
+                part_TV = dlogits_TV[:, at - begin : upto - begin]
+                dhidden_TD[block].addmm_(part_TV, self.piece(at, upto))
+        if dweight_VD is not None:
+            add_dweight(dlogits_TV, self.hidden[block], dweight_VD, block.start == 0)
 
 
 def add_dweight(dlogits_TV: Tensor, hidden_TD: Tensor, dweight_VD: Tensor, first: bool) -> None:
