@@ -44,10 +44,9 @@ def forward(
         error_NM = error_NM + bias_M.to(wide)
     error_NM = torch.where(scale_N[:, None] != 0, error_NM, 0)
     derror_NM = 2 * scale_N.to(wide)[:, None] * error_NM
-    nothing = y_ND.new_empty(0)
     return (
         error_NM.square().sum(1),
         (derror_NM @ weight).to(features_ND.dtype) if needs_features else features_ND.new_empty(0),
-        derror_NM.t() @ y_ND if needs_weight else nothing,
-        derror_NM.sum(0) if needs_bias else nothing,
+        derror_NM.t() @ y_ND if needs_weight else y_ND.new_empty(0),
+        derror_NM.sum(0) if needs_bias else y_ND.new_empty(0),
     )

@@ -57,9 +57,14 @@ def membership(offsets_BQ1: Tensor, mask_BL: Tensor | None, length: int) -> Tens
 
 
 def pool_mean(tokens_BLD: Tensor, offsets_BQ1: Tensor, mask_BL: Tensor | None) -> Tensor:
-    """Mean over the valid tokens of every patch [B, Q, D]; 0 for a patch without any."""
+    """Mean over the valid tokens of every patch [B, Q, D]; 0 for a patch without any.
+
+    A patch that holds a NaN or an infinity is NaN; its neighbours are not.
+    """
     inside_BQL = membership(offsets_BQ1, mask_BL, tokens_BLD.shape[1])
-    # NOTE: 0 * NaN is NaN: a token of no patch must not reach the product
-    tokens_BLD = torch.where(inside_BQL.any(1)[:, :, None], tokens_BLD, 0)
+    # NOTE: 0 * NaN is NaN: such a token must not reach the product, where it would meet every patch
+    finite_BL = tokens_BLD.isfinite().all(2)
+    tokens_BLD = torch.where(finite_BL[:, :, None], tokens_BLD, 0)
     share_BQL = inside_BQL.to(tokens_BLD.dtype) / inside_BQL.sum(2, keepdim=True).clamp(min=1)
-    return share_BQL @ tokens_BLD
+    spoilt_BQ = (inside_BQL & ~finite_BL[:, None, :]).any(2)
+    return torch.where(spoilt_BQ[:, :, None], torch.nan, share_BQL @ tokens_BLD)

@@ -125,7 +125,7 @@ def project_backward(
     """As reference.project_backward."""
     wide = patches.wide_dtype(weight.dtype)
     offsets_BQ1, mask_BL = offsets_BQ1.contiguous(), _mask(mask_BL)
-    dx_SND = dx_SBQD.reshape(dx_SBQD.shape[0], -1, dx_SBQD.shape[3])
+    dx_SND = dx_SBQD.flatten(1, 2)
     dweight = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
     dstages = []
     for j, stage in enumerate(stages):
@@ -157,7 +157,7 @@ def attention_forward(
     """As reference.attention_forward: scores live in one tile of 64 x 64 per thread."""
     S, B, Q, D = features_SBQD.shape
     qkv = features_SBQD.new_empty(S, B, Q, 3 * D)
-    product(features_SBQD.reshape(-1, D), qkv_weight.t(), qkv.view(-1, 3 * D))
+    product(features_SBQD.reshape(S * B * Q, D), qkv_weight.t(), qkv.view(S * B * Q, 3 * D))
     if qkv_bias is not None:
         qkv += qkv_bias
     y = features_SBQD.new_empty(S, B, Q, D)

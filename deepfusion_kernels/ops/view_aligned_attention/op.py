@@ -96,12 +96,11 @@ def projection_backward(
     dqkv: Tensor, x_SBQD: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
     """dX and dWqkv from dQKV; what is not needed is an empty tensor."""
-    D = weight.shape[1]
-    rows, x_ND = dqkv.reshape(-1, 3 * D), x_SBQD.reshape(-1, D)
+    rows, x_ND = dqkv.flatten(0, 2), x_SBQD.flatten(0, 2)
     dx = x_ND.new_empty(x_SBQD.shape if needs_x else (0,))
     dweight = weight.new_empty(weight.shape if needs_weight else (0,))
     if needs_x:
-        product(rows, weight, dx.view(-1, D))
+        product(rows, weight, dx.flatten(0, 2))
     if needs_weight:
         product(rows.t(), x_ND, dweight)
     return dx, dweight

@@ -80,7 +80,7 @@ def project_backward(
             share = inside / inside.sum(2, keepdim=True).clamp(min=1)
             dtokens = share.transpose(1, 2) @ drows
         else:
-            dtokens = drows.reshape(B, -1, D)[:, :L]
+            dtokens = drows.reshape(B, drows.shape[1] * patch_size, D)[:, :L]
             if mask_BL is not None:
                 dtokens = dtokens * mask_BL.ne(0)[:, :, None]
         dstages.append(dtokens.to(stage.dtype))
