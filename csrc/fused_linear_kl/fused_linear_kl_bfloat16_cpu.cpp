@@ -56,6 +56,7 @@ void project(const BFloat16* hidden, const BFloat16* weight, const float* bias, 
         sources[v] = v < count ? weight + (first + v) * D : nullptr;
       pack_rows<BFloat16>(sources, D, panel.get());
       sweep<BFloat16>([&](int64_t t) { return units(hidden + t * D); }, T, 1, panel.get(), steps,
+                      Ahead{},
                       [&](int64_t t, const float* sums) {
                         float* to = out + t * pitch + first;
                         for (int64_t v = 0; v < count; ++v)
@@ -91,6 +92,7 @@ void add_dhidden(const Slopes& slopes, const BFloat16* weight, int64_t T, int64_
       pack_columns<BFloat16, kWidth>([&](int64_t v) { return weight + v * D + first; }, V, count,
                                      panel.get());
       sweep<BFloat16>([&](int64_t t) { return units(slopes.row(t)); }, T, 1, panel.get(), steps,
+                      Ahead{},
                       [&](int64_t t, const float* sums) {
                         float* to = dhidden + t * D + first;
                         for (int64_t d = 0; d < count; ++d) to[d] += sums[d];
@@ -118,7 +120,7 @@ void write_dweight(const Slopes& slopes, const BFloat16* hidden, int64_t T, int6
       for (int64_t group = 0; group < groups; ++group) {
         const int64_t first = group * kWidth, count = std::min(kWidth, D - first);
         sweep<BFloat16>([&](int64_t v) -> const Unit* { return turned.get() + v; }, rows, kWidth,
-                        hidden_panels.get() + group * steps * kWidth, steps,
+                        hidden_panels.get() + group * steps * kWidth, steps, Ahead{},
                         [&](int64_t v, const float* sums) {
                           Out* to = dweight + (top + v) * D + first;
                           for (int64_t d = 0; d < count; ++d) {
