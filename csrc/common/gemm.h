@@ -191,5 +191,10 @@ inline void sweep(const RowAt& row_at, int64_t num_rows, int64_t step, const uni
     for (int r = 0; r < count; ++r) finish(i + r, out + r * kColumns<S>);
   }
 }
+template <typename S, typename RowAt, typename Finish>
+inline void sweep(const RowAt& row_at, int64_t num_rows, int64_t step, const unit_t<S>* panel,
+                  int64_t steps, const Finish& finish) {
+  sweep<S>(row_at, num_rows, step, panel, steps, Ahead{}, finish);
+}
 
 }  // namespace deepfusion::inline DF_LEVEL

@@ -119,7 +119,7 @@ void weight_panels(const Experts<T, S>& e, const Gradient& g, int64_t share, int
         pack_columns<S, kColumns<S>>([&](int64_t k) { return g.right_at(start + k) + j; }, depth,
                                      count, panel);
         T* target = g.out + (expert * g.m + i0) * g.n + j;
-        sweep<S>(row_at, rows, kTileRows, panel, steps, Ahead{}, [&](int64_t i, const auto* sums) {
+        sweep<S>(row_at, rows, kTileRows, panel, steps, [&](int64_t i, const auto* sums) {
           store_lanes<kColumns<S>>(sums, count, target + i * g.n);
         });
       }
