@@ -180,10 +180,17 @@ def test_other_recipes_run(tmp_path: Path, recipe: str) -> None:
     assert any(name.startswith("M ") for name in found) == (recipe == "paper")
 
 
-def test_reference_kernels_give_the_same_losses(whole_run: Path, tmp_path: Path) -> None:
-    """run.kernels = 'reference' is the same mathematics: losses agree to float32 rounding."""
-    folder = tmp_path / "reference"
-    pipeline.run(tiny(folder, "run.kernels='reference'", "controls.centralised=false"))
-    ours, theirs = scores(whole_run), scores(folder)
-    for name in theirs:
-        assert ours[name] == pytest.approx(theirs[name], rel=2e-3), name
+def test_reference_kernels_give_the_same_losses(tmp_path: Path) -> None:
+    """run.kernels = 'reference' is the same mathematics: losses agree to float32 rounding.
+
+    AdamW at a low rate: Muon divides small gradients by their own size, rounding with them.
+    """
+    tables = ("devices", "base", "distill", "tune")
+    calm = [f"{table}.optimizer='adamw'" for table in tables] + [f"{t}.lr=0.0003" for t in tables]
+    found = {}
+    for kernels in ("auto", "reference"):
+        folder = tmp_path / kernels
+        pipeline.run(tiny(folder, f"run.kernels='{kernels}'", *calm))
+        found[kernels] = scores(folder)
+    for name, nll in found["reference"].items():
+        assert found["auto"][name] == pytest.approx(nll, rel=2e-5), name

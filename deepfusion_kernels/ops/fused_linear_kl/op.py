@@ -62,9 +62,8 @@ def fused_linear_kl_distillation(
     """Loss kd_weight KD + ce_weight CE of the logits hidden @ weight.T + bias, in float32.
 
     student_hidden [..., D_s], student_weight [V_s, D_s], student_bias [V_s]; the teacher's alike
-    and detached, or None with kd_weight = 0; labels [...] integer; row_weight [...] float ->
-    scalar, or [...] for reduction 'none'. vocab_align 'truncate' compares the first min(V_s, V_t)
-    columns.
+    and detached, or None with kd_weight = 0; labels, row_weight [...] -> scalar, or [...] for
+    reduction 'none'. vocab_align 'truncate': the first min(V_s, V_t) columns.
     chunk_bytes bounds the logits in memory; grad_weight_dtype accumulates d student_weight.
     Formula and gradient: docs/ops/fused_linear_kl.md. Raises ValueError naming the argument.
     """
@@ -81,17 +80,16 @@ def fused_linear_kl_distillation(
         widest = V if vocab_align == "error" else None
         teacher = _teacher(student_hidden, widest, teacher_hidden, teacher_weight, teacher_bias)
     hidden_TD = student_hidden.reshape(student_hidden.shape[:-1].numel(), D)
-    targets_T = rows.labels_T if options.with_ce else None
     wide = wide_dtype(student_hidden, teacher[0])
     problem = Problem(
-        hidden_TD, student_weight, student_bias, *teacher, targets_T,
+        hidden_TD, student_weight, student_bias, *teacher, rows.labels_T if options.with_ce else None,
         row_scale(hidden_TD, rows, reduction, wide), options.divergence, options.beta,
         options.temperature, options.kd_scale, options.ce_weight, 0,
     )  # fmt: skip
     problem = problem._replace(chunk_bytes=_chunk_bytes(chunk_bytes, problem))
     in_forward = reduction != "none" and _holds_enough_rows(problem)
-    wants = _wants(student_hidden, student_weight, student_bias)
     dtype = grad_weight_dtype or problem.wide
+    wants = _wants(student_hidden, student_weight, student_bias)
     loss: Tensor = _forward(
         *problem, *wants, in_forward, dtype, backends.choose(backend, student_hidden, IMPLS)
     )[0]
