@@ -113,7 +113,7 @@ class EmbeddingConfig:
     """What a device says about the kind of its text."""
 
     encoder: str = key("hashed", "'hashed', or the path of a sentence encoder", some=True)
-    dimensions: int = key(64, "length of the embedding, one byte each", least=2)
+    dimensions: int = key(256, "length of the embedding, one byte each", least=2)
     idf: str = key("none", "word weights, fitted on public text", options=("none", "public"))
 
 
@@ -148,7 +148,7 @@ class DistillConfig(TrainingConfig):
     patch_size: int = key(8, "tokens of one patch", least=1)
     patchify: str = key("conv", "how a patch becomes one vector", options=("conv", "pool"))
     causal: bool = key(False, "patches see earlier patches only")
-    target_norm: bool = key(False, "layer-normalise the teacher's features")
+    target_norm: bool = key(True, "layer-normalise the teacher's features")
     vaa_dim: int = key(128, "width of the view-aligned attention", least=1)
     vaa_heads: int = key(4, "heads of the view-aligned attention", least=1)
     vaa_warmup_steps: int = key(25, "steps that train the attention alone, first", least=0)
@@ -186,7 +186,7 @@ class TuneConfig(TrainingConfig):
     balance_loss_weight: float = key(0.0, "pull towards equal loads", least=0.0)
     teacher_weight: float = key(1.0, "KL to the best-matching proxy; 0: the paper", least=0.0)
     teacher_threshold: float = key(
-        0.3, "affinity from which on a proxy teaches", least=-1.0, most=1.0
+        0.05, "affinity from which on a proxy teaches", least=-1.0, most=1.0
     )
     balance_text: bool = key(True, "public text evenly over domains")
     router_supervision: float = key(0.0, "cross entropy of the router to the domain", least=0.0)
@@ -216,7 +216,12 @@ class ControlsConfig:
 # Keys that a recipe sets where the file does not (method.md, 13); "recommended" is the defaults.
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
-        "distill": {"alpha": 1.0, "sampling": "uniform", "vaa_warmup_steps": 0},
+        "distill": {
+            "alpha": 1.0,
+            "sampling": "uniform",
+            "vaa_warmup_steps": 0,
+            "target_norm": False,
+        },
         "merge": {"router_init": "normal"},
         "tune": {"teacher_weight": 0.0, "balance_text": False},
     },

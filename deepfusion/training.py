@@ -149,7 +149,8 @@ def train_steps(
 ) -> None:
     """Trains modules in place; killed and called again, it ends in the same bits.
 
-    batches(start) gives the batches from a step on. loss_of(batch, step) returns named terms, of
+    A parameter group's "lr_scale" multiplies the schedule's rate. batches(start) gives the batches
+    from a step on. loss_of(batch, step) returns named terms, of
     which "loss" is minimised; all are recorded. Raises FloatingPointError where the loss is not
     finite.
     """
@@ -168,7 +169,7 @@ def train_steps(
         lr = lr_at(step, schedule.steps, schedule.lr, schedule.warmup_share)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         recorder.record(

@@ -78,7 +78,9 @@ def teach(
     if teaching.stages:
         views = nn.ModuleList(teaching.views)
         modules["views"] = views
-        optimizers = [*optimizers, AdamW(views.parameters(), config.lr, weight_decay=0.0)]
+        # Muon's rates are ten times what AdamW bears on the views
+        calm = {"params": list(views.parameters()), "lr_scale": min(1.0, VIEWS_LR / config.lr)}
+        optimizers = [*optimizers, AdamW([calm], config.lr, weight_decay=0.0)]
     train_steps(
         modules,
         optimizers,

@@ -83,8 +83,10 @@ def peak_extra_bytes(variant: Variant, device: torch.device) -> int:
     ) as profile:
         kept = variant()
     del kept
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert profile.profiler is not None, "the profiler has ended"
+    results = profile.profiler.kineto_results
+    assert results is not None, "the profiler has recorded"
+    events = [e for e in results.events() if e.name() == "[memory]"]
     alive = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         alive += event.nbytes()

@@ -63,9 +63,8 @@ def fused_linear_kl_distillation(
 
     student_hidden [..., D_s], student_weight [V_s, D_s], student_bias [V_s]; the teacher's alike
     and detached, or None with kd_weight = 0; labels, row_weight [...] -> scalar, or [...] for
-    reduction 'none'. vocab_align 'truncate': the first min(V_s, V_t) columns.
-    chunk_bytes bounds the logits in memory; grad_weight_dtype accumulates d student_weight.
-    Formula and gradient: docs/ops/fused_linear_kl.md. Raises ValueError naming the argument.
+    reduction 'none'. vocab_align 'truncate': the first min(V_s, V_t) columns. chunk_bytes bounds
+    the logits, grad_weight_dtype sums dW. Raises ValueError. Math: docs/ops/fused_linear_kl.md.
     """
     options = kl_options(
         OP, divergence, beta, temperature, scale_by_temperature_squared, kd_weight, ce_weight
@@ -82,7 +81,8 @@ def fused_linear_kl_distillation(
     hidden_TD = student_hidden.reshape(student_hidden.shape[:-1].numel(), D)
     wide = wide_dtype(student_hidden, teacher[0])
     problem = Problem(
-        hidden_TD, student_weight, student_bias, *teacher, rows.labels_T if options.with_ce else None,
+        hidden_TD, student_weight, student_bias, *teacher,
+        rows.labels_T if options.with_ce else None,
         row_scale(hidden_TD, rows, reduction, wide), options.divergence, options.beta,
         options.temperature, options.kd_scale, options.ce_weight, 0,
     )  # fmt: skip

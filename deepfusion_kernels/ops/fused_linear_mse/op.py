@@ -48,9 +48,8 @@ def fused_linear_mse(
     (float64 for float64). With patch_size or target_offsets [B, Q+1] int32 the features are
     [B, Q, D], the target [B, L, M] tokens, and g the mean of a patch's tokens where target_mask
     [B, L] is set; a patch without any has weight 0. Rows of weight 0 are never read. target_norm
-    layer-normalises g.
-    Raises ValueError for shapes, dtypes, devices, options; the target and the weights of the rows
-    take no gradient. Source: arXiv 2602.14301, eq. 9.
+    layer-normalises g. Target and row weights take no gradient. Raises ValueError for shapes,
+    dtypes, devices, options. Source: arXiv 2602.14301, eq. 9.
     """
     expect_option(reduction, OP, "reduction", ("mean", "sum", "none"))
     M, D = expect(weight, OP, "weight", "M D")
