@@ -5,6 +5,8 @@
 #include "common/cpu.h"
 
 #include <algorithm>
+#include <utility>
+#include <vector>
 
 namespace deepfusion::inline DF_LEVEL {
 
@@ -44,22 +46,41 @@ inline void for_blocks(const int32_t* offsets, int64_t num_experts, int64_t shar
   }
 }
 
-// body(expert, first panel, last panel): each expert's panels belong to the shares in proportion to
-// its rows.
-template <typename Body>
-inline void for_panels(const int32_t* offsets, int64_t num_experts, int64_t share, int64_t shares,
-                       int64_t panels, const Body& body) {
-  const int64_t rows = offsets[num_experts];
-  const int64_t begin = rows * share / shares;
-  const int64_t end = rows * (share + 1) / shares;
-  for (int64_t expert = 0; expert < num_experts; ++expert) {
-    const int64_t start = offsets[expert], count = offsets[expert + 1] - start;
-    if (count == 0 || start >= end || start + count <= begin) continue;
-    const auto panel_at = [&](int64_t row) {
-      return std::clamp<int64_t>(((row - start) * panels + count - 1) / count, 0, panels);
-    };
-    if (panel_at(begin) < panel_at(end)) body(expert, panel_at(begin), panel_at(end));
+// Which experts the ends of the shares cut in two.
+struct Cuts {
+  // the first row of a cut expert among all rows of cut experts; -1: the expert lies in one share
+  std::vector<int64_t> place;
+  int64_t rows = 0;
+  int64_t busiest = 0;
+  int64_t busiest_whole = 0;
+
+  Cuts(const int32_t* offsets, int64_t num_experts, int64_t shares) : place(num_experts, -1) {
+    const int64_t all = offsets[num_experts];
+    int64_t share = 0;
+    for (int64_t expert = 0; expert < num_experts; ++expert) {
+      const int64_t count = offsets[expert + 1] - offsets[expert];
+      while (share < shares && all * share / shares <= offsets[expert]) ++share;
+      busiest = std::max(busiest, count);
+      if (share < shares && all * share / shares < offsets[expert + 1]) {
+        place[expert] = rows;
+        rows += count;
+      } else {
+        busiest_whole = std::max(busiest_whole, count);
+      }
+    }
   }
+};
+
+// A share's part [first, last) of an expert's tiles: in proportion to its rows.
+inline std::pair<int64_t, int64_t> part_of(const int32_t* offsets, int64_t num_experts,
+                                           int64_t expert, int64_t share, int64_t shares,
+                                           int64_t tiles) {
+  const int64_t rows = offsets[num_experts], start = offsets[expert];
+  const int64_t count = offsets[expert + 1] - start;
+  const auto tile_at = [&](int64_t row) {
+    return std::clamp<int64_t>(((row - start) * tiles + count - 1) / count, 0, tiles);
+  };
+  return {tile_at(rows * share / shares), tile_at(rows * (share + 1) / shares)};
 }
 
 }  // namespace deepfusion::inline DF_LEVEL

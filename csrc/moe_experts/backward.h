@@ -4,7 +4,7 @@
 //   dW2 = dO^T a';  dW1 = dh^T x;   dx_t = sum of the rows W1^T dh of its slots
 #pragma once
 
-#include "moe_experts/experts.h"
+#include "moe_experts/weight_gradient.h"
 
 namespace deepfusion::inline DF_LEVEL {
 
@@ -35,7 +35,7 @@ inline W gate_gradient(const T* h, int64_t F, const W* sums, int64_t count, W we
   return dot;
 }
 
-// dh, a' (where wanted) and dw of a block; dh begins with the block's first row.
+// dh, a' (where wanted) and dw of a block; dh and a' begin with the block's first row.
 template <typename T, typename S>
 void activation_block(const Experts<T, S>& e, RowBlock block, const S* dout,
                       const typename Operand<S>::Wide* weights, const T* h, unit_t<S>* panel, S* dh,
@@ -57,7 +57,7 @@ void activation_block(const Experts<T, S>& e, RowBlock block, const S* dout,
                  const int64_t r = block.begin + i, slot = e.order[r];
                  const Wide dot = gate_gradient<S, activation>(
                      h + r * 2 * F + f, F, sums, count, weights[slot], dh + i * 2 * F + f,
-                     scaled ? scaled + r * F + f : nullptr);
+                     scaled ? scaled + i * F + f : nullptr);
                  dweights[slot] = (f ? dweights[slot] : Wide(0)) + dot;
                });
     });
@@ -84,112 +84,76 @@ void input_block(const Experts<T, S>& e, RowBlock block, unit_t<S>* panel, const
   }
 }
 
-// One projection's gradient: out[e] = left^T right over the rows of expert e, rows ascending, with
-// left_at(r)[m] and right_at(r)[n].
-template <typename T, typename Left, typename Right>
-struct WeightGradient {
-  T* out;
-  int64_t m;
-  Left left_at;
-  int64_t n;
-  Right right_at;
-};
-
-// A share's panels of one weight gradient.
-template <typename T, typename S, typename Gradient>
-void weight_panels(const Experts<T, S>& e, const Gradient& g, int64_t share, int64_t shares,
-                   unit_t<S>* left, int64_t left_units, unit_t<S>* panel) {
-  const int64_t panels = (g.n + kColumns<S> - 1) / kColumns<S>;
-  const auto body = [&](int64_t expert, int64_t first, int64_t last) {
-    const int64_t start = e.offsets[expert], depth = e.offsets[expert + 1] - start;
-    const int64_t steps = steps_of<S>(depth);
-    const int64_t width = left_units / (steps * kTileRows) * kTileRows;
-    const auto row_at = [&](int64_t i) {
-      return left + i / kTileRows * kTileRows * steps + i % kTileRows;
-    };
-    for (int64_t i0 = 0; i0 < g.m; i0 += width) {
-      const int64_t rows = std::min(width, g.m - i0);
-      for (int64_t i = 0; i < rows; i += kTileRows) {
-        pack_columns<S, kTileRows>([&](int64_t k) { return g.left_at(start + k) + i0 + i; }, depth,
-                                   std::min<int64_t>(kTileRows, rows - i), left + i * steps);
-      }
-      for (int64_t j = first * kColumns<S>; j < std::min(g.n, last * kColumns<S>);
-           j += kColumns<S>) {
-        const int64_t count = std::min(kColumns<S>, g.n - j);
-        pack_columns<S, kColumns<S>>([&](int64_t k) { return g.right_at(start + k) + j; }, depth,
-                                     count, panel);
-        T* target = g.out + (expert * g.m + i0) * g.n + j;
-        sweep<S>(row_at, rows, kTileRows, panel, steps, [&](int64_t i, const auto* sums) {
-          store_lanes<kColumns<S>>(sums, count, target + i * g.n);
-        });
-      }
-    }
-  };
-  for_panels(e.offsets, e.size.E, share, shares, panels, body);
-}
-
-// Each gradient whose `out` is not null.
-template <typename T, typename S, typename... Gradients>
-void weight_gradients(const Experts<T, S>& e, const Tensor& like, const Gradients&... gradients) {
-  using Wide = typename Operand<S>::Wide;
-  const int64_t shares = num_shares(), E = e.size.E;
-  int64_t busiest = 0;
-  for (int64_t x = 0; x < E; ++x) {
-    busiest = std::max<int64_t>(busiest, e.offsets[x + 1] - e.offsets[x]);
-  }
-  const int64_t left_units = std::max(kLeftUnits, steps_of<S>(busiest) * kTileRows);
-  Scratch<Wide> panels(like, shares, steps_of<S>(busiest) * kColumns<S>);
-  Scratch<Wide> lefts(like, shares, left_units);
-  const auto clear = [&](const auto& g, int64_t x) {
-    if (g.out) std::fill_n(g.out + x * g.m * g.n, g.m * g.n, T(0));
-  };
-  for_rows(E, 1, [&](int64_t x) {
-    if (e.offsets[x] == e.offsets[x + 1]) (clear(gradients, x), ...);
-  });
-  for_shares(shares, [&](int64_t share) {
-    unit_t<S>* panel = reinterpret_cast<unit_t<S>*>(panels.of(share));
-    unit_t<S>* left = reinterpret_cast<unit_t<S>*>(lefts.of(share));
-    const auto run = [&](const auto& g) {
-      if (g.out) weight_panels(e, g, share, shares, left, left_units, panel);
-    };
-    (run(gradients), ...);
-  });
-}
-
 // Null pointers are gradients nobody wants. dweights [T, K] begins as zeros.
+//
+// An expert that lies in one share passes through all its products at once: its dh and a' stay in
+// the cache. Only experts cut by the end of a share keep theirs until all shares have come by.
 template <typename T, typename S>
 void run_backward(const Experts<T, S>& e, const Tensor& dout, const Tensor& weights,
                   const Tensor& h, T* dhidden, T* dgate_up, T* ddown, Tensor& dweights) {
   using Wide = typename Operand<S>::Wide;
   const auto [_, K, D, F, E] = e.size;
-  const int64_t R = e.size.rows(), shares = num_shares();
+  const int64_t shares = num_shares();
+  const Cuts cuts(e.offsets, E, shares);
   Scratch<Wide> panels(dout, shares, steps_of<S>(std::max(D, 2 * F)) * kColumns<S>);
   // frozen experts need dh of one block at a time only
-  Scratch<S> dh_memory(dout, dgate_up ? 1 : shares, (dgate_up ? R : kBlockRows) * 2 * F);
-  Scratch<S> scaled(dout, 1, ddown ? R * F : 0);
-  Scratch<Wide> rows_RD(dout, 1, dhidden ? R * D : 0);
-  Wide* dx = rows_RD.of(0);
+  Scratch<S> own_dh(dout, shares,
+                    (dgate_up ? std::max(cuts.busiest_whole, kBlockRows) : kBlockRows) * 2 * F);
+  Scratch<S> own_a(dout, shares, ddown ? cuts.busiest_whole * F : 0);
+  Scratch<S> cut_dh(dout, 1, dgate_up ? cuts.rows * 2 * F : 0);
+  Scratch<S> cut_a(dout, 1, ddown ? cuts.rows * F : 0);
+  Scratch<Wide> rows_RD(dout, 1, dhidden ? e.size.rows() * D : 0);
   const S* dout_rows = dout.const_data_ptr<S>();
+  FactorMemory<S> memory(dout, shares, cuts.busiest);
+  const auto gradients = [&](const S* dh, const S* a, int64_t first, const auto& body) {
+    const auto dout_at = [&](int64_t r) { return e.row(dout_rows, r); };
+    const auto a_at = [=, F = F](int64_t r) { return a + (r - first) * F; };
+    const auto dh_at = [=, F = F](int64_t r) { return dh + (r - first) * 2 * F; };
+    const auto x_at = [&](int64_t r) { return e.row(e.x, r); };
+    if (ddown) body(WeightGradient{ddown, D, dout_at, F, a_at});
+    if (dgate_up) body(WeightGradient{dgate_up, 2 * F, dh_at, D, x_at});
+  };
   for_shares(shares, [&](int64_t share) {
     unit_t<S>* panel = reinterpret_cast<unit_t<S>*>(panels.of(share));
-    for_blocks(e.offsets, E, share, shares, kBlockRows, [&](RowBlock block) {
-      S* dh = dgate_up ? dh_memory.of(0) + block.begin * 2 * F : dh_memory.of(share);
+    const auto block_at = [&](RowBlock block, S* dh, S* a) {
       activation_block(e, block, dout_rows, weights.const_data_ptr<Wide>(), h.const_data_ptr<T>(),
-                       panel, dh, ddown ? scaled.of(0) : nullptr,
-                       dweights.mutable_data_ptr<Wide>());
-      if (dhidden) input_block(e, block, panel, dh, dx);
+                       panel, dh, a, dweights.mutable_data_ptr<Wide>());
+      if (dhidden) input_block(e, block, panel, dh, rows_RD.of(0));
+    };
+    for_blocks(e.offsets, E, share, shares, kBlockRows, [&](RowBlock block) {
+      const int64_t start = e.offsets[block.expert], place = cuts.place[block.expert];
+      const bool is_whole = place < 0;
+      S* dh = is_whole ? own_dh.of(share) : cut_dh.of(0) + place * 2 * F;
+      S* a = is_whole ? own_a.of(share) : cut_a.of(0) + place * F;
+      const int64_t row = block.begin - start;
+      block_at(block, dgate_up ? dh + row * 2 * F : own_dh.of(share),
+               ddown ? a + row * F : nullptr);
+      if (!is_whole || block.end < e.offsets[block.expert + 1]) return;
+      gradients(dh, a, start, [&](const auto& g) {
+        weight_tiles(e, g, block.expert, 0, g.num_tiles(), memory.of(share));
+      });
     });
+    for (int64_t x = share; x < E; x += shares) {
+      if (e.offsets[x] < e.offsets[x + 1]) continue;
+      if (ddown) std::fill_n(ddown + x * D * F, D * F, T(0));
+      if (dgate_up) std::fill_n(dgate_up + x * 2 * F * D, 2 * F * D, T(0));
+    }
   });
-  if (dhidden) combine(dx, static_cast<const Wide*>(nullptr), e.slots, e.size, dhidden);
-  if (!ddown && !dgate_up) return;
-  const S* a = scaled.of(0);
-  const S* dh = dh_memory.of(0);
-  const auto dout_at = [&](int64_t r) { return e.row(dout_rows, r); };
-  const auto scaled_at = [&](int64_t r) { return a + r * F; };
-  const auto dh_at = [&](int64_t r) { return dh + r * 2 * F; };
-  const auto x_at = [&](int64_t r) { return e.row(e.x, r); };
-  weight_gradients(e, dout, WeightGradient{ddown, D, dout_at, F, scaled_at},
-                   WeightGradient{dgate_up, 2 * F, dh_at, D, x_at});
+  if (cuts.rows && (ddown || dgate_up)) {
+    for_shares(shares, [&](int64_t share) {
+      for (int64_t x = 0; x < E; ++x) {
+        const int64_t place = cuts.place[x];
+        if (place < 0) continue;
+        gradients(cut_dh.of(0) + place * 2 * F, cut_a.of(0) + place * F, e.offsets[x],
+                  [&](const auto& g) {
+                    const auto [first, last] =
+                        part_of(e.offsets, E, x, share, shares, g.num_tiles());
+                    weight_tiles(e, g, x, first, last, memory.of(share));
+                  });
+      }
+    });
+  }
+  if (dhidden) combine(rows_RD.of(0), static_cast<const Wide*>(nullptr), e.slots, e.size, dhidden);
 }
 
 }  // namespace deepfusion::inline DF_LEVEL

@@ -15,8 +15,6 @@ namespace deepfusion::inline DF_LEVEL {
 // Rows of one expert that pass through all layers together: their activations stay in the
 // second-level cache.
 constexpr int64_t kBlockRows = 256;
-// Units of the packed left factor of a weight gradient: 512 KiB of float32.
-constexpr int64_t kLeftUnits = 128 * 1024;
 
 struct Sizes {
   int64_t T, K, D, F, E;

@@ -1,0 +1,78 @@
+// Gradients of the projections: out[e] = left^T right over the rows of expert e, rows ascending.
+#pragma once
+
+#include "moe_experts/experts.h"
+
+namespace deepfusion::inline DF_LEVEL {
+
+// Units of the packed right factor: 512 KiB of float32, half of a second-level cache.
+constexpr int64_t kRightUnits = 128 * 1024;
+
+// One projection's gradient [E, m, n], with left_at(r)[m] and right_at(r)[n].
+template <typename T, typename Left, typename Right>
+struct WeightGradient {
+  T* out;
+  int64_t m;
+  Left left_at;
+  int64_t n;
+  Right right_at;
+  int64_t num_tiles() const { return (m + kTileRows - 1) / kTileRows; }
+};
+
+// A share's packed factors: one tile of the left one, many panels of the right one.
+template <typename S>
+struct Factors {
+  unit_t<S>* left;
+  unit_t<S>* right;
+  int64_t right_units;
+};
+
+template <typename S>
+struct FactorMemory {
+  using Wide = typename Operand<S>::Wide;
+  Scratch<Wide> left, right;
+  int64_t right_units;
+  // four panels at least, so that packing the left tile for each of them stays cheap
+  FactorMemory(const Tensor& like, int64_t shares, int64_t busiest)
+      : left(like, shares, steps_of<S>(busiest) * kTileRows),
+        right(like, shares, std::max(kRightUnits, steps_of<S>(busiest) * kColumns<S> * 4)),
+        right_units(right.pitch) {}
+  Factors<S> of(int64_t share) {
+    return {reinterpret_cast<unit_t<S>*>(left.of(share)),
+            reinterpret_cast<unit_t<S>*>(right.of(share)), right_units};
+  }
+};
+
+// Tiles [first, last) of an expert. Whole rows of the result are written one after the other, so
+// that a fresh page is still in the cache when it is filled.
+template <typename T, typename S, typename Gradient>
+void weight_tiles(const Experts<T, S>& e, const Gradient& g, int64_t expert, int64_t first,
+                  int64_t last, const Factors<S>& memory) {
+  const int64_t start = e.offsets[expert], depth = e.offsets[expert + 1] - start;
+  const int64_t steps = steps_of<S>(depth);
+  const int64_t width = memory.right_units / (steps * kColumns<S>)*kColumns<S>;
+  const auto row_at = [&](int64_t i) { return memory.left + i; };
+  if (first == last) return;
+  for (int64_t j0 = 0; j0 < g.n; j0 += width) {
+    const int64_t columns = std::min(width, g.n - j0);
+    for (int64_t j = 0; j < columns; j += kColumns<S>) {
+      pack_columns<S, kColumns<S>>([&](int64_t k) { return g.right_at(start + k) + j0 + j; }, depth,
+                                   std::min(kColumns<S>, columns - j), memory.right + j * steps);
+    }
+    for (int64_t i = first * kTileRows; i < std::min(g.m, last * kTileRows); i += kTileRows) {
+      const int64_t rows = std::min<int64_t>(kTileRows, g.m - i);
+      pack_columns<S, kTileRows>([&](int64_t k) { return g.left_at(start + k) + i; }, depth, rows,
+                                 memory.left);
+      T* target = g.out + (expert * g.m + i) * g.n + j0;
+      for (int64_t j = 0; j < columns; j += kColumns<S>) {
+        const int64_t count = std::min(kColumns<S>, columns - j);
+        sweep<S>(row_at, rows, kTileRows, memory.right + j * steps, steps,
+                 [&](int64_t r, const auto* sums) {
+                   store_lanes<kColumns<S>>(sums, count, target + r * g.n + j);
+                 });
+      }
+    }
+  }
+}
+
+}  // namespace deepfusion::inline DF_LEVEL
