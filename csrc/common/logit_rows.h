@@ -3,12 +3,9 @@
 #pragma once
 
 #include "common/cpu.h"
+#include "common/large_pages.h"
 
 #include <algorithm>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace deepfusion::inline DF_LEVEL {
 
@@ -27,17 +24,6 @@ inline void narrow_block(const W* from, int64_t count, T* to) {
 
 inline int64_t bytes_of(ScalarType dtype) {
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
-}
-
-// Asks for large pages under a fresh gradient before it is first touched: its 4 KiB faults cost as
-// much as the kernel. Only advice: refused, it changes nothing.
-inline void advise_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kLarge = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + 4095) / 4096 * 4096;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / 4096 * 4096;
-  if (end > begin + 2 * kLarge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 // One row: hands out blocks of columns as W, where they lie if they are W already, else widened

@@ -1,4 +1,5 @@
 // Entry points of moe_experts: the plan, memory, and the choice of the operand type.
+#include "common/large_pages.h"
 #include "common/moe_plan.h"
 #include "moe_experts/backward.h"
 #include "moe_experts/forward.h"
@@ -100,7 +101,9 @@ std::vector<Tensor> moe_experts_backward_cpu(const Tensor& dout, const Tensor& h
   const auto want = [&](bool needed, const Tensor& like) {
     if (!needed) return static_cast<void*>(nullptr);
     wanted.push_back(torch::stable::empty_like(like));
-    return wanted.back().mutable_data_ptr();
+    void* data = wanted.back().mutable_data_ptr();
+    advise_large_pages(data, like.numel() * like.element_size());
+    return data;
   };
   void* dhidden = want(needs_dhidden, hidden);
   void* dgate_up = want(needs_dgate_up, gate_up);
