@@ -106,10 +106,10 @@ void pack_columns(const RowAt& row_at, int64_t depth, int64_t count, unit_t<S>* 
     } else {
       T below[WIDTH] = {};
       if (k + 1 < depth) load_row<WIDTH>(row_at(k + 1), count, below);
-      uint32_t pairs[WIDTH];
-      for (int64_t lane = 0; lane < WIDTH; ++lane) {
-        pairs[lane] = row[lane].x | static_cast<uint32_t>(below[lane].x) << 16;
-      }
+      typedef uint16_t Lanes __attribute__((vector_size(WIDTH * 2)));
+      const Lanes a = std::bit_cast<Lanes>(row), b = std::bit_cast<Lanes>(below);
+      constexpr auto lanes = std::make_index_sequence<WIDTH>();
+      const Lanes pairs[2] = {interleave_low(a, b, lanes), interleave_high(a, b, lanes)};
       std::memcpy(panel, pairs, sizeof(pairs));
     }
   }

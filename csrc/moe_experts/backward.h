@@ -8,6 +8,21 @@
 
 namespace deepfusion::inline DF_LEVEL {
 
+// The sum of a row of kColumns.
+template <typename S, typename W>
+inline W sum_lanes(const W* parts) {
+  using Vector = typename VectorOf<W>::type;
+  const Vector* halves = reinterpret_cast<const Vector*>(parts);
+  constexpr auto lanes = std::make_index_sequence<kLanes<S>>();
+  Vector sum = halves[0] + halves[1];
+  // lane 0 meets each of the others: interleaving with itself doubles the distance
+#pragma GCC unroll 4
+  for (int64_t width = kLanes<S>; width > 1; width /= 2) {
+    sum = interleave_low(sum, sum, lanes) + interleave_high(sum, sum, lanes);
+  }
+  return sum[0];
+}
+
 // One row's columns of a panel: dh and a' from dA' (`sums`) and h; returns their part of dw.
 template <typename S, Activation ACT, typename T, typename W>
 inline W gate_gradient(const T* h, int64_t F, const W* sums, int64_t count, W weight, S* dh,
@@ -25,9 +40,11 @@ inline W gate_gradient(const T* h, int64_t F, const W* sums, int64_t count, W we
   }
   store_lanes<N>(dgate, count, dh);
   store_lanes<N>(dup, count, dh + F);
-  W dot = 0;
-#pragma omp simd reduction(+ : dot)
-  for (int64_t lane = 0; lane < count; ++lane) dot += sums[lane] * act[lane];
+  // halves folded onto each other: a scalar chain of N additions would outlast the lanes' own work
+  alignas(64) W parts[N];
+  for (int64_t lane = 0; lane < N; ++lane)
+    parts[lane] = lane < count ? sums[lane] * act[lane] : W(0);
+  const W dot = sum_lanes<S>(parts);
   if (scaled) {
     for (int64_t lane = 0; lane < N; ++lane) act[lane] *= weight;
     store_lanes<N>(act, count, scaled);

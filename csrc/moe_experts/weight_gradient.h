@@ -43,6 +43,22 @@ struct FactorMemory {
   }
 };
 
+// Columns [j0, j0 + columns) of the right factor, a few rows at a time: these are read as they lie
+// in memory.
+template <typename S, typename Gradient>
+void pack_right(const Gradient& g, int64_t start, int64_t depth, int64_t j0, int64_t columns,
+                unit_t<S>* right) {
+  constexpr int64_t kRows = 16;
+  for (int64_t k0 = 0; k0 < depth; k0 += kRows) {
+    unit_t<S>* target = right + k0 / Operand<S>::kDepth * kColumns<S>;
+    for (int64_t j = 0; j < columns; j += kColumns<S>) {
+      pack_columns<S, kColumns<S>>([&](int64_t k) { return g.right_at(start + k0 + k) + j0 + j; },
+                                   std::min(kRows, depth - k0), std::min(kColumns<S>, columns - j),
+                                   target + j * steps_of<S>(depth));
+    }
+  }
+}
+
 // Tiles [first, last) of an expert. Whole rows of the result are written one after the other, so
 // that a fresh page is still in the cache when it is filled.
 template <typename T, typename S, typename Gradient>
@@ -55,10 +71,7 @@ void weight_tiles(const Experts<T, S>& e, const Gradient& g, int64_t expert, int
   if (first == last) return;
   for (int64_t j0 = 0; j0 < g.n; j0 += width) {
     const int64_t columns = std::min(width, g.n - j0);
-    for (int64_t j = 0; j < columns; j += kColumns<S>) {
-      pack_columns<S, kColumns<S>>([&](int64_t k) { return g.right_at(start + k) + j0 + j; }, depth,
-                                   std::min(kColumns<S>, columns - j), memory.right + j * steps);
-    }
+    pack_right<S>(g, start, depth, j0, columns, memory.right);
     for (int64_t i = first * kTileRows; i < std::min(g.m, last * kTileRows); i += kTileRows) {
       const int64_t rows = std::min<int64_t>(kTileRows, g.m - i);
       pack_columns<S, kTileRows>([&](int64_t k) { return g.left_at(start + k) + i; }, depth, rows,
@@ -66,6 +79,11 @@ void weight_tiles(const Experts<T, S>& e, const Gradient& g, int64_t expert, int
       T* target = g.out + (expert * g.m + i) * g.n + j0;
       for (int64_t j = 0; j < columns; j += kColumns<S>) {
         const int64_t count = std::min(kColumns<S>, columns - j);
+        // the next tile's rows lie far apart: fetched before they are packed
+        for (int64_t k = depth * j / columns;
+             k < depth * std::min(columns, j + kColumns<S>) / columns; ++k) {
+          __builtin_prefetch(g.left_at(start + k) + i + kTileRows, 0, 3);
+        }
         sweep<S>(row_at, rows, kTileRows, memory.right + j * steps, steps,
                  [&](int64_t r, const auto* sums) {
                    store_lanes<kColumns<S>>(sums, count, target + r * g.n + j);
