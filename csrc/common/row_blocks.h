@@ -71,16 +71,24 @@ struct Cuts {
   }
 };
 
-// A share's part [first, last) of an expert's tiles: in proportion to its rows.
-inline std::pair<int64_t, int64_t> part_of(const int32_t* offsets, int64_t num_experts,
-                                           int64_t expert, int64_t share, int64_t shares,
-                                           int64_t tiles) {
-  const int64_t rows = offsets[num_experts], start = offsets[expert];
-  const int64_t count = offsets[expert + 1] - start;
-  const auto tile_at = [&](int64_t row) {
-    return std::clamp<int64_t>(((row - start) * tiles + count - 1) / count, 0, tiles);
-  };
-  return {tile_at(rows * share / shares), tile_at(rows * (share + 1) / shares)};
+// body(expert, share, part) for every cut expert and share; part(strips) is the share's part
+// [first, last) of the expert's strips, in proportion to its rows.
+template <typename Body>
+inline void for_parts(const int32_t* offsets, const std::vector<int64_t>& place, int64_t shares,
+                      const Body& body) {
+  const int64_t num_experts = static_cast<int64_t>(place.size()), rows = offsets[num_experts];
+  for_shares(shares, [&](int64_t share) {
+    for (int64_t expert = 0; expert < num_experts; ++expert) {
+      if (place[expert] < 0) continue;
+      const int64_t start = offsets[expert], count = offsets[expert + 1] - start;
+      body(expert, share, [&](int64_t strips) {
+        const auto strip_at = [&](int64_t row) {
+          return std::clamp<int64_t>(((row - start) * strips + count - 1) / count, 0, strips);
+        };
+        return std::pair(strip_at(rows * share / shares), strip_at(rows * (share + 1) / shares));
+      });
+    }
+  });
 }
 
 }  // namespace deepfusion::inline DF_LEVEL

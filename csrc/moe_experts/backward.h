@@ -101,6 +101,17 @@ void input_block(const Experts<T, S>& e, RowBlock block, unit_t<S>* panel, const
   }
 }
 
+// Zeros for the experts without rows.
+template <typename T, typename S>
+void clear_unused(const Experts<T, S>& e, int64_t share, int64_t shares, T* dgate_up, T* ddown) {
+  const auto [_, K, D, F, E] = e.size;
+  for (int64_t x = share; x < E; x += shares) {
+    if (e.offsets[x] < e.offsets[x + 1]) continue;
+    if (ddown) std::fill_n(ddown + x * D * F, D * F, T(0));
+    if (dgate_up) std::fill_n(dgate_up + x * 2 * F * D, 2 * F * D, T(0));
+  }
+}
+
 // Null pointers are gradients nobody wants. dweights [T, K] begins as zeros.
 //
 // An expert that lies in one share passes through all its products at once: its dh and a' stay in
@@ -132,42 +143,32 @@ void run_backward(const Experts<T, S>& e, const Tensor& dout, const Tensor& weig
   };
   for_shares(shares, [&](int64_t share) {
     unit_t<S>* panel = reinterpret_cast<unit_t<S>*>(panels.of(share));
-    const auto block_at = [&](RowBlock block, S* dh, S* a) {
-      activation_block(e, block, dout_rows, weights.const_data_ptr<Wide>(), h.const_data_ptr<T>(),
-                       panel, dh, a, dweights.mutable_data_ptr<Wide>());
-      if (dhidden) input_block(e, block, panel, dh, rows_RD.of(0));
-    };
     for_blocks(e.offsets, E, share, shares, kBlockRows, [&](RowBlock block) {
       const int64_t start = e.offsets[block.expert], place = cuts.place[block.expert];
       const bool is_whole = place < 0;
       S* dh = is_whole ? own_dh.of(share) : cut_dh.of(0) + place * 2 * F;
       S* a = is_whole ? own_a.of(share) : cut_a.of(0) + place * F;
       const int64_t row = block.begin - start;
-      block_at(block, dgate_up ? dh + row * 2 * F : own_dh.of(share),
-               ddown ? a + row * F : nullptr);
+      S* block_dh = dgate_up ? dh + row * 2 * F : own_dh.of(share);
+      activation_block(e, block, dout_rows, weights.const_data_ptr<Wide>(), h.const_data_ptr<T>(),
+                       panel, block_dh, ddown ? a + row * F : nullptr,
+                       dweights.mutable_data_ptr<Wide>());
+      if (dhidden) input_block(e, block, panel, block_dh, rows_RD.of(0));
       if (!is_whole || block.end < e.offsets[block.expert + 1]) return;
       gradients(dh, a, start, [&](const auto& g) {
-        weight_tiles(e, g, block.expert, 0, g.num_tiles(), memory.of(share));
+        weight_strips(e, g, block.expert, 0, g.num_strips(), memory.of(share));
       });
     });
-    for (int64_t x = share; x < E; x += shares) {
-      if (e.offsets[x] < e.offsets[x + 1]) continue;
-      if (ddown) std::fill_n(ddown + x * D * F, D * F, T(0));
-      if (dgate_up) std::fill_n(dgate_up + x * 2 * F * D, 2 * F * D, T(0));
-    }
+    clear_unused(e, share, shares, dgate_up, ddown);
   });
   if (cuts.rows && (ddown || dgate_up)) {
-    for_shares(shares, [&](int64_t share) {
-      for (int64_t x = 0; x < E; ++x) {
-        const int64_t place = cuts.place[x];
-        if (place < 0) continue;
-        gradients(cut_dh.of(0) + place * 2 * F, cut_a.of(0) + place * F, e.offsets[x],
-                  [&](const auto& g) {
-                    const auto [first, last] =
-                        part_of(e.offsets, E, x, share, shares, g.num_tiles());
-                    weight_tiles(e, g, x, first, last, memory.of(share));
-                  });
-      }
+    for_parts(e.offsets, cuts.place, shares, [&](int64_t x, int64_t share, const auto& part) {
+      const int64_t place = cuts.place[x];
+      gradients(cut_dh.of(0) + place * 2 * F, cut_a.of(0) + place * F, e.offsets[x],
+                [&](const auto& g) {
+                  const auto [first, last] = part(g.num_strips());
+                  weight_strips(e, g, x, first, last, memory.of(share));
+                });
     });
   }
   if (dhidden) combine(rows_RD.of(0), static_cast<const Wide*>(nullptr), e.slots, e.size, dhidden);

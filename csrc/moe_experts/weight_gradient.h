@@ -8,6 +8,9 @@ namespace deepfusion::inline DF_LEVEL {
 // Units of the packed right factor: 512 KiB of float32, half of a second-level cache.
 constexpr int64_t kRightUnits = 128 * 1024;
 
+// Rows of a gradient whose left factor is packed together: whole cache lines of its rows are read.
+constexpr int64_t kStripRows = 32;
+
 // One projection's gradient [E, m, n], with left_at(r)[m] and right_at(r)[n].
 template <typename T, typename Left, typename Right>
 struct WeightGradient {
@@ -16,10 +19,10 @@ struct WeightGradient {
   Left left_at;
   int64_t n;
   Right right_at;
-  int64_t num_tiles() const { return (m + kTileRows - 1) / kTileRows; }
+  int64_t num_strips() const { return (m + kStripRows - 1) / kStripRows; }
 };
 
-// A share's packed factors: one tile of the left one, many panels of the right one.
+// A share's packed factors: one strip of the left one, many panels of the right one.
 template <typename S>
 struct Factors {
   unit_t<S>* left;
@@ -32,9 +35,9 @@ struct FactorMemory {
   using Wide = typename Operand<S>::Wide;
   Scratch<Wide> left, right;
   int64_t right_units;
-  // four panels at least, so that packing the left tile for each of them stays cheap
+  // four panels at least, so that packing the left strip for each of them stays cheap
   FactorMemory(const Tensor& like, int64_t shares, int64_t busiest)
-      : left(like, shares, steps_of<S>(busiest) * kTileRows),
+      : left(like, shares, steps_of<S>(busiest) * kStripRows),
         right(like, shares, std::max(kRightUnits, steps_of<S>(busiest) * kColumns<S> * 4)),
         right_units(right.pitch) {}
   Factors<S> of(int64_t share) {
@@ -59,11 +62,11 @@ void pack_right(const Gradient& g, int64_t start, int64_t depth, int64_t j0, int
   }
 }
 
-// Tiles [first, last) of an expert. Whole rows of the result are written one after the other, so
+// Strips [first, last) of an expert. Whole rows of the result are written one after the other, so
 // that a fresh page is still in the cache when it is filled.
 template <typename T, typename S, typename Gradient>
-void weight_tiles(const Experts<T, S>& e, const Gradient& g, int64_t expert, int64_t first,
-                  int64_t last, const Factors<S>& memory) {
+void weight_strips(const Experts<T, S>& e, const Gradient& g, int64_t expert, int64_t first,
+                   int64_t last, const Factors<S>& memory) {
   const int64_t start = e.offsets[expert], depth = e.offsets[expert + 1] - start;
   const int64_t steps = steps_of<S>(depth);
   const int64_t width = memory.right_units / (steps * kColumns<S>)*kColumns<S>;
@@ -72,19 +75,14 @@ void weight_tiles(const Experts<T, S>& e, const Gradient& g, int64_t expert, int
   for (int64_t j0 = 0; j0 < g.n; j0 += width) {
     const int64_t columns = std::min(width, g.n - j0);
     pack_right<S>(g, start, depth, j0, columns, memory.right);
-    for (int64_t i = first * kTileRows; i < std::min(g.m, last * kTileRows); i += kTileRows) {
-      const int64_t rows = std::min<int64_t>(kTileRows, g.m - i);
-      pack_columns<S, kTileRows>([&](int64_t k) { return g.left_at(start + k) + i; }, depth, rows,
-                                 memory.left);
+    for (int64_t i = first * kStripRows; i < std::min(g.m, last * kStripRows); i += kStripRows) {
+      const int64_t rows = std::min(kStripRows, g.m - i);
+      pack_columns<S, kStripRows>([&](int64_t k) { return g.left_at(start + k) + i; }, depth, rows,
+                                  memory.left);
       T* target = g.out + (expert * g.m + i) * g.n + j0;
       for (int64_t j = 0; j < columns; j += kColumns<S>) {
         const int64_t count = std::min(kColumns<S>, columns - j);
-        // the next tile's rows lie far apart: fetched before they are packed
-        for (int64_t k = depth * j / columns;
-             k < depth * std::min(columns, j + kColumns<S>) / columns; ++k) {
-          __builtin_prefetch(g.left_at(start + k) + i + kTileRows, 0, 3);
-        }
-        sweep<S>(row_at, rows, kTileRows, memory.right + j * steps, steps,
+        sweep<S>(row_at, rows, kStripRows, memory.right + j * steps, steps,
                  [&](int64_t r, const auto* sums) {
                    store_lanes<kColumns<S>>(sums, count, target + r * g.n + j);
                  });
