@@ -34,7 +34,8 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
 
   m.def("fused_linear_kl_multiplies_bfloat16(Tensor like) -> bool");
   m.def(
-      "fused_linear_kl_project_bfloat16(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
+      "fused_linear_kl_project_bfloat16(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) "
+      "out) -> ()");
   m.def(
       "fused_linear_kl_gradients_bfloat16(Tensor dlogits, Tensor hidden, Tensor weight, "
       "Tensor(a!)? dhidden, Tensor(b!)? dweight, bool first) -> ()");

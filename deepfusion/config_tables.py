@@ -141,6 +141,7 @@ class DistillConfig(TrainingConfig):
     """Phase II: proxy to base, K times: L_CE + alpha L_FM + beta L_KL."""
 
     steps: int = key(60, "optimiser steps of each student", least=0)
+    lr: float = key(0.002, "largest learning rate; cosine to 0", above=0.0)
     alpha: float = key(0.05, "weight of the features' loss", least=0.0)
     beta: float = key(1.0, "weight of the KL loss", least=0.0)
     temperature: float = key(1.0, "of both distributions; the loss is times its square", above=0.0)
@@ -149,6 +150,9 @@ class DistillConfig(TrainingConfig):
     patchify: str = key("conv", "how a patch becomes one vector", options=("conv", "pool"))
     causal: bool = key(False, "patches see earlier patches only")
     target_norm: bool = key(True, "layer-normalise the teacher's features")
+    student_norm: bool = key(
+        True, "layer-normalise the student's features before they are compared"
+    )
     vaa_dim: int = key(128, "width of the view-aligned attention", least=1)
     vaa_heads: int = key(4, "heads of the view-aligned attention", least=1)
     vaa_warmup_steps: int = key(25, "steps that train the attention alone, first", least=0)
@@ -182,6 +186,7 @@ class TuneConfig(TrainingConfig):
     """Phase III: train what the experts share."""
 
     steps: int = key(60, "optimiser steps; all of the server's where recipe = 'direct'", least=0)
+    lr: float = key(0.002, "largest learning rate; cosine to 0", above=0.0)
     train: str = key("shared", "all but the experts, or all", options=("shared", "all"))
     balance_loss_weight: float = key(0.0, "pull towards equal loads", least=0.0)
     teacher_weight: float = key(1.0, "KL to the best-matching proxy; 0: the paper", least=0.0)
@@ -221,10 +226,11 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "sampling": "uniform",
             "vaa_warmup_steps": 0,
             "target_norm": False,
+            "student_norm": False,
         },
         "merge": {"router_init": "normal"},
         "tune": {"teacher_weight": 0.0, "balance_text": False},
     },
     "recommended": {},
-    "direct": {"tune": {"steps": 300, "train": "all", "router_supervision": 0.1}},
+    "direct": {"tune": {"steps": 300, "lr": 0.02, "train": "all", "router_supervision": 0.1}},
 }

@@ -58,6 +58,7 @@ def direct(
         beta=distill.beta,
         temperature=distill.temperature,
         num_stages=distill.num_stages,
+        student_norm=distill.student_norm,
         kernels=kernels,
     )
     train_mixture(

@@ -56,6 +56,7 @@ def distill(
         beta=config.beta,
         temperature=config.temperature,
         num_stages=config.num_stages,
+        student_norm=config.student_norm,
         kernels=kernels,
     )
     lessons = Lessons(sequences, torch.zeros(len(sequences), dtype=torch.int64), weights_S)

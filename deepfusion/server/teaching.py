@@ -37,6 +37,7 @@ class Teaching:
     beta: float = 0.0
     temperature: float = 1.0
     num_stages: int = 4
+    student_norm: bool = False
     kernels: str = "auto"
 
     def __post_init__(self) -> None:
@@ -92,6 +93,8 @@ class Teaching:
         self, owner: int, student_stages: Sequence[Tensor], teacher_stages: Sequence[Tensor]
     ) -> Tensor:
         """L_FM of the sequences that one teacher teaches."""
+        if self.student_norm:
+            student_stages = [F.layer_norm(stage, stage.shape[-1:]) for stage in student_stages]
         loss: Tensor = self.views[owner](
             student_stages, teacher_stages, backend=backend_of(self.kernels)
         )
