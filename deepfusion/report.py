@@ -181,7 +181,11 @@ def _costs(records: Sequence[Mapping[str, Any]]) -> list[Section]:
 def sections(run_folder: Path) -> tuple[str, list[Section]]:
     """The verdict and every section a finished run has material for."""
     evaluation = _json(run_folder / "evaluation.json")
-    if not evaluation:
+    if evaluation:
+        # JSON files are written with sorted keys; the table reads from base to mixture
+        models = evaluation["models"]
+        evaluation["models"] = {name: models[name] for name in evaluation["order"]}
+    else:
         raise FileNotFoundError(
             f"{run_folder}: holds no evaluation.json; finish the run first: deepfusion run FILE"
         )

@@ -38,7 +38,7 @@ def score_models(
     config: EvaluateConfig,
 ) -> dict[str, Any]:
     """Scores by model; the mixture (kind "moe") also gives its expert load and router entropy."""
-    result: dict[str, Any] = {"models": {}}
+    result: dict[str, Any] = {"models": {}, "order": [entry.name for entry in entries]}
     for entry in progress(entries, "evaluate"):
         model = entry.load()
         scores = evaluate(model, text, config.batch_size, config.max_tokens)

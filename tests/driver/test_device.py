@@ -58,7 +58,7 @@ MARKET = [document(f"the company {i} reports revenue and profit to its auditor")
 
 
 def test_embedding_is_of_length_one_and_blind_to_order() -> None:
-    encode = make_encoder(EmbeddingConfig())
+    encode = make_encoder(EmbeddingConfig(dimensions=64))
     one, two = embed(CLINIC, encode), embed(CLINIC[::-1], encode)
     assert one.shape == (64,)
     assert one.dtype == torch.float32

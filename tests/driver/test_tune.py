@@ -128,7 +128,8 @@ def test_teacher_pulls_only_where_affinity_exceeds_the_threshold() -> None:
     from deepfusion.server.teaching import Teaching
 
     teaching = Teaching(mixture(), known["teachers"], beta=1.0)
-    lessons = lessons_of(text(), known["affinity_SK"], teaching, SHORT)
+    asked = replace(SHORT, teacher_threshold=0.3)
+    lessons = lessons_of(text(), known["affinity_SK"], teaching, asked)
     assert lessons.teacher.tolist() == [-1, -1, -1, 0, 1, 2, 0, 1, 2, 0, 1, 2]
     nobody = replace(SHORT, teacher_weight=1.0, teacher_threshold=0.9)
     assert_same(copy_of(tuned(nobody, **known)), copy_of(tuned(SHORT)))
