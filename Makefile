@@ -18,7 +18,6 @@ demo: .stamps/demo .stamps/build
 
 test: .stamps/test .stamps/build lint ctest
 	$(BIN)/python -m pytest tests --durations=15
-	$(MAKE) sanitize
 
 lint: .stamps/test
 	$(BIN)/ruff check .
