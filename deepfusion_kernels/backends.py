@@ -83,6 +83,8 @@ def choose(asked: str | None, tensor: Tensor, impls: Mapping[str, ModuleType], *
 
     Raises ValueError for an unknown name, NotImplementedError for a backend that cannot serve.
     """
+    if PREFERRED is not None and PREFERRED not in NAMES:
+        raise ValueError(f"DEEPFUSION_BACKEND must be one of {', '.join(NAMES)}, got {PREFERRED!r}")
     if asked is None and PREFERRED in impls:
         asked = PREFERRED
     if asked is not None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -53,6 +54,19 @@ for op in CATALOG.values():
     from deepfusion_kernels.catalog import STEMS
 
     assert run(code).split() == list(STEMS)
+
+
+def test_unknown_preference_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A misspelt DEEPFUSION_BACKEND must not quietly mean the automatic choice."""
+    import torch
+
+    from deepfusion_kernels import backends
+
+    impls = {"reference": ModuleType("reference")}
+    assert backends.choose(None, torch.empty(1), impls) == "reference"
+    monkeypatch.setattr(backends, "PREFERRED", "tritn")
+    with pytest.raises(ValueError, match="DEEPFUSION_BACKEND must be one of"):
+        backends.choose(None, torch.empty(1), impls)
 
 
 def test_main_names_every_op_and_backend() -> None:
