@@ -82,57 +82,69 @@ void unpack_patches_cpu(Tensor rows, Tensor offsets, std::optional<Tensor> mask,
   });
 }
 
-// rows [B Q, H] <- means of the patches of tokens [B, L, H].
+// rows [B Q, H] <- means of the patches of tokens [B, L, H]; rows may be wider than tokens.
 void pool_patches_cpu(Tensor tokens, Tensor offsets, std::optional<Tensor> mask, Tensor rows) {
   const Shape shape = shape_of(tokens, offsets);
+  const bool is_wide = rows.scalar_type() != tokens.scalar_type();
   DF_DISPATCH_FLOAT(tokens.scalar_type(), kOp, [&] {
     using W = wide_t<scalar_t>;
     const scalar_t* source = tokens.const_data_ptr<scalar_t>();
-    scalar_t* out = rows.mutable_data_ptr<scalar_t>();
+    void* out = rows.mutable_data_ptr();
     for_patches(shape, offsets, mask, 0, rows.size(0),
                 [&](int64_t r, int64_t b, const Patch& patch, int64_t) {
                   const scalar_t* sample = source + b * shape.sample_stride;
-                  scalar_t* row = out + r * shape.width;
-                  if constexpr (std::is_same_v<scalar_t, W>) {
-                    pool_row(sample, shape.token_stride, patch, shape.width, row);
-                  } else {
-                    thread_local std::vector<W> mean;
-                    mean.resize(shape.width);
-                    pool_row(sample, shape.token_stride, patch, shape.width, mean.data());
-                    for (int64_t c = 0; c < shape.width; ++c) row[c] = from_wide<scalar_t>(mean[c]);
+                  if (is_wide || std::is_same_v<scalar_t, W>) {
+                    pool_row(sample, shape.token_stride, patch, shape.width,
+                             static_cast<W*>(out) + r * shape.width);
+                    return;
                   }
+                  thread_local std::vector<W> mean;
+                  mean.resize(shape.width);
+                  pool_row(sample, shape.token_stride, patch, shape.width, mean.data());
+                  scalar_t* row = static_cast<scalar_t*>(out) + r * shape.width;
+                  for (int64_t c = 0; c < shape.width; ++c) row[c] = from_wide<scalar_t>(mean[c]);
                 });
   });
+}
+
+template <typename R, typename T>
+void unpool(const Shape& shape, const Tensor& offsets, const std::optional<Tensor>& mask,
+            const R* source, int64_t rows, T* out) {
+  using W = wide_t<T>;
+  for_patches(shape, offsets, mask, 0, rows,
+              [&](int64_t r, int64_t b, const Patch& patch, int64_t i) {
+                T* sample = out + b * shape.sample_stride;
+                const auto clear = [&](int64_t begin, int64_t end) {
+                  for (int64_t t = begin; t < end; ++t)
+                    std::fill_n(sample + t * shape.token_stride, shape.width, T(0));
+                };
+                if (i == 0) clear(0, patch.begin);
+                if (i == shape.patches - 1) clear(patch.end, shape.length);
+                const W share = W(1) / static_cast<W>(std::max<int64_t>(patch.count(), 1));
+                const R* row = source + r * shape.width;
+                for (int64_t t = patch.begin; t < patch.end; ++t) {
+                  T* token = sample + t * shape.token_stride;
+                  if (!patch.holds(t)) {
+                    std::fill_n(token, shape.width, T(0));
+                    continue;
+                  }
+                  for (int64_t c = 0; c < shape.width; ++c)
+                    token[c] = from_wide<T>(to_wide(row[c]) * share);
+                }
+              });
 }
 
 // The gradient of pool_patches: every token of [B, L, H] is written, those of no patch with 0.
 void unpool_patches_cpu(Tensor rows, Tensor offsets, std::optional<Tensor> mask, Tensor tokens) {
   const Shape shape = shape_of(tokens, offsets);
+  const bool is_wide = rows.scalar_type() != tokens.scalar_type();
   DF_DISPATCH_FLOAT(tokens.scalar_type(), kOp, [&] {
     using W = wide_t<scalar_t>;
-    const scalar_t* source = rows.const_data_ptr<scalar_t>();
     scalar_t* out = tokens.mutable_data_ptr<scalar_t>();
-    for_patches(shape, offsets, mask, 0, rows.size(0),
-                [&](int64_t r, int64_t b, const Patch& patch, int64_t i) {
-                  scalar_t* sample = out + b * shape.sample_stride;
-                  const auto clear = [&](int64_t begin, int64_t end) {
-                    for (int64_t t = begin; t < end; ++t)
-                      std::fill_n(sample + t * shape.token_stride, shape.width, scalar_t(0));
-                  };
-                  if (i == 0) clear(0, patch.begin);
-                  if (i == shape.patches - 1) clear(patch.end, shape.length);
-                  const W share = W(1) / static_cast<W>(std::max<int64_t>(patch.count(), 1));
-                  const scalar_t* row = source + r * shape.width;
-                  for (int64_t t = patch.begin; t < patch.end; ++t) {
-                    scalar_t* token = sample + t * shape.token_stride;
-                    if (!patch.holds(t)) {
-                      std::fill_n(token, shape.width, scalar_t(0));
-                      continue;
-                    }
-                    for (int64_t c = 0; c < shape.width; ++c)
-                      token[c] = from_wide<scalar_t>(to_wide(row[c]) * share);
-                  }
-                });
+    if (is_wide)
+      unpool(shape, offsets, mask, rows.const_data_ptr<W>(), rows.size(0), out);
+    else
+      unpool(shape, offsets, mask, rows.const_data_ptr<scalar_t>(), rows.size(0), out);
   });
 }
 

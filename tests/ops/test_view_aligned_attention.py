@@ -13,7 +13,14 @@ from tests.nn.alignment_spelling import attention
 
 STEM = "view_aligned_attention"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-CASES = [case for case in CATALOG[STEM].cases if case.name not in ("pat", "headline-causal")]
+# QKV, Y and dQKV are stored in half precision, and the result: docs/numerics.md
+HALF_FLOOR = 1.5
+LARGE = ("pat", "headline-causal")
+CASES = [
+    case
+    for case in CATALOG[STEM].cases
+    if case.door == "multi_stage_attention" and case.name not in LARGE
+]
 
 
 def eager(features, qkv_weight, *, num_heads, causal=False, patch_mask=None) -> Tensor:
@@ -46,7 +53,7 @@ def test_within_budget(case, dtype, backend, device, poisoned_memory) -> None:
     truth = run(multi_stage_attention, cast(given, torch.float64), backend="reference")
     half = dtype in (torch.bfloat16, torch.float16)
     for name, *values in zip(("Y", "dX", "dWqkv"), ours, plain, truth, strict=True):
-        floor = 4 * UNIT[dtype] * values[2].abs().max() if half else None
+        floor = HALF_FLOOR * UNIT[dtype] * values[2].abs().max() if half else None
         assert_within_budget(*values, name, floor)
 
 

@@ -12,8 +12,8 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 def product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """out = left @ right, matrices; out may be any view."""
-    if left.dtype == torch.float16:
+    """out = left @ right, matrices; out may be any view, and wider where they are float16."""
+    if torch.float16 in (left.dtype, right.dtype):
         out.copy_(_widened(left) @ _widened(right))
     else:
         torch.mm(left, right, out=out)

@@ -50,7 +50,12 @@ class _Rows:
         ]
 
     def buffer(self) -> Tensor | None:
-        return None if self.is_view else self.stage.new_empty(self.chunk, self.width)
+        if self.is_view:
+            return None
+        # float16 is multiplied in float32 anyway: its means need not be rounded in between
+        is_wide = self.is_pool and self.stage.dtype == torch.float16
+        dtype = torch.float32 if is_wide else self.stage.dtype
+        return self.stage.new_empty(self.chunk, self.width, dtype=dtype)
 
     def read(self, rows: slice, buffer: Tensor | None) -> Tensor:
         """Rows of the stage, in the buffer unless they are a view."""
