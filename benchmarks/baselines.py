@@ -185,7 +185,10 @@ def eager_view_aligned_attention(
     (B, T, H), p = student_stages[0].shape, patch_size
     parts = []
     for stage, weight, bias in zip(student_stages, patch_weight, patch_bias, strict=True):
-        if patchify == "pool":
+        if patchify == "pool" and as_conv1d:
+            rows = F.avg_pool1d(stage.transpose(1, 2), p, ceil_mode=True)
+            parts.append(F.conv1d(rows, weight[:, :, None], bias).transpose(1, 2))
+        elif patchify == "pool":
             parts.append(F.linear(_patch_means(stage, p, None), weight, bias))
         elif as_conv1d:
             kernel = weight.view(-1, p, H).permute(0, 2, 1)
@@ -200,3 +203,8 @@ def eager_view_aligned_attention(
         for j, target in enumerate(teacher_stages)
     ]
     return torch.stack(losses).sum()
+
+
+def conv1d_view_aligned_attention(*arguments: Any, **options: Any) -> Tensor:
+    """The same with the patches projected by Conv1d, as the paper's figure draws it."""
+    return eager_view_aligned_attention(*arguments, **options, as_conv1d=True)

@@ -34,11 +34,19 @@ class Op:
     cases: tuple[Case, ...]
 
 
+# doors that join several ops live in nn: stem they are listed under -> (module, its cases)
+JOINED = {"view_aligned_attention": ("nn.view_alignment", "nn.alignment_cases")}
+
+
 def _row(stem: str) -> Op:
     op = import_module(f".ops.{stem}.op", __package__)
     cases = import_module(f".ops.{stem}.cases", __package__)
-    doors = {name: getattr(op, name) for name in op.DOORS}
-    return Op(stem, doors, op.IMPLS, op.IMPLS["reference"], cases.CASES)
+    doors, shapes = {name: getattr(op, name) for name in op.DOORS}, cases.CASES
+    if stem in JOINED:
+        module, joined = (import_module(f".{name}", __package__) for name in JOINED[stem])
+        doors |= {joined.DOOR: getattr(module, joined.DOOR)}
+        shapes = (*shapes, *joined.CASES)
+    return Op(stem, doors, op.IMPLS, op.IMPLS["reference"], shapes)
 
 
 CATALOG: dict[str, Op] = {stem: _row(stem) for stem in STEMS}

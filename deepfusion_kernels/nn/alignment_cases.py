@@ -1,0 +1,67 @@
+"""Shapes of the joined loss: odd ones for tests, the demo's, PAT's and the headline for timing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cases import Case, Make
+
+DOOR = "view_aligned_attention"
+
+
+def _make(B: int, T: int, J: int, H: int, M: int, D: int, heads: int, p: int, kind: str) -> Make:
+    def make(device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+
+        width = H * (p if kind == "conv" else 1)
+        learns = {
+            "patch_weight": normal(J, D, width, scale=width**-0.5),
+            "patch_bias": normal(J, D, scale=0.1),
+            "qkv_weight": normal(3 * D, D, scale=D**-0.5),
+            "head_weight": normal(J, M, D, scale=D**-0.5),
+            "head_bias": normal(J, M, scale=0.1),
+        }
+        return {
+            "student_stages": [normal(B, T, H).requires_grad_() for _ in range(J)],
+            "teacher_stages": [normal(B, T, M) for _ in range(J)],
+            **{name: tensor.requires_grad_() for name, tensor in learns.items()},
+            "num_heads": heads,
+            "patch_size": p,
+            "patchify": kind,
+        }
+
+    return make
+
+
+def _case(
+    name: str, B: int, T: int, J: int, H: int, M: int, D: int, heads: int, p: int, kind: str
+) -> Case:
+    Q, width = -(-T // p), H * (p if kind == "conv" else 1)
+    rows, weights = B * J * Q, J * D * width + 3 * D * D + J * M * D
+    return Case(
+        name=f"{name}-{kind}",
+        door=DOOR,
+        make=_make(B, T, J, H, M, D, heads, p, kind),
+        # the student's stages in and out, the teacher's in, weights in and their gradients out
+        bytes_moved=lambda itemsize: itemsize * (B * T * J * (2 * H + M) + 2 * weights),
+        flops=rows * (6 * D * width + 18 * D * D + 6 * D * M) + 14 * B * (J * Q) ** 2 * D,
+        quick=rows <= 64,
+    )
+
+
+CASES: tuple[Case, ...] = tuple(
+    case
+    for kind in ("conv", "pool")
+    for case in (
+        _case("joined-tiny", 2, 7, 3, 6, 5, 8, 2, 3, kind),
+        _case("joined-demo", 8, 128, 4, 192, 128, 128, 4, 8, kind),
+        _case("joined-pat", 8, 128, 4, 2048, 2048, 512, 8, 8, kind),
+        _case("joined-headline", 8, 2048, 4, 2048, 2048, 512, 8, 8, kind),
+    )
+)
