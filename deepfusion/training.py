@@ -7,6 +7,7 @@ Muon:   momentum -> nearest orthogonal matrix (Newton-Schulz) -> scaled to AdamW
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,8 @@ class Muon(Optimizer):
                 updates = orthogonalise(torch.stack([ahead for _, ahead in pairs]))
                 scale = _ADAMW_RMS * math.sqrt(max(shape[-2:]))
                 for (parameter, _), update in zip(pairs, updates, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    if group["weight_decay"]:
+                        parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(update, alpha=-group["lr"] * scale)
 
 
@@ -72,14 +74,15 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     tall = matrices.shape[-2] > matrices.shape[-1]
     # a CPU without bfloat16 instructions would emulate every product
     is_fast = matrices.is_cuda or torch.cpu._is_avx512_bf16_supported()
-    X: Tensor = matrices.mT if tall else matrices
-    X = X.to(torch.bfloat16 if is_fast else torch.float32)
+    dtype = torch.bfloat16 if is_fast else torch.float32
+    X: Tensor = (matrices.mT if tall else matrices).flatten(0, -3).to(dtype)
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     a, b, c = _QUINTIC
     for _ in range(_ROUNDS):
         gram = X @ X.mT
-        X = a * X + (b * gram + c * (gram @ gram)) @ X
-    return (X.mT if tall else X).to(matrices.dtype)
+        # sums within the products: no pass over memory of their own
+        X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
+    return (X.mT if tall else X).to(matrices.dtype).view(matrices.shape)
 
 
 def matrices_of(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -119,11 +122,18 @@ def make_optimizer(
         optimizers.append(
             Muon(matrices, lr, weight_decay=weight_decay)
             if name == "muon"
-            else AdamW(matrices, lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+            else adamw(matrices, lr, weight_decay)
         )
     if rest:
-        optimizers.append(AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=0.0))
+        optimizers.append(adamw(rest, lr))
     return optimizers
+
+
+def adamw(
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], lr: float, decay: float = 0.0
+) -> AdamW:
+    """torch's AdamW in its fused form: one pass over each parameter instead of ten."""
+    return AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=decay, fused=True)
 
 
 def lr_at(step: int, steps: int, lr: float, warmup_share: float = 0.03) -> float:

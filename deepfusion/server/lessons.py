@@ -80,7 +80,7 @@ def teach(
         modules["views"] = views
         # Muon's rates are ten times what AdamW bears on the views
         calm = {"params": list(views.parameters()), "lr_scale": min(1.0, VIEWS_LR / config.lr)}
-        optimizers = [*optimizers, AdamW([calm], config.lr, weight_decay=0.0)]
+        optimizers = [*optimizers, AdamW([calm], config.lr, weight_decay=0.0, fused=True)]
     train_steps(
         modules,
         optimizers,
@@ -123,7 +123,9 @@ def _warm_views(
 ) -> None:
     """Trains the views alone, on features of the student as it is."""
     views = nn.ModuleList(teaching.views)
-    optimizers: list[Optimizer] = [AdamW(views.parameters(), VIEWS_LR, weight_decay=0.0)]
+    optimizers: list[Optimizer] = [
+        AdamW(views.parameters(), VIEWS_LR, weight_decay=0.0, fused=True)
+    ]
     ids_SL = lessons.sequences.ids
     taught_S = torch.where(lessons.teacher >= 0, 1.0, 0.0)
     if not taught_S.any():
