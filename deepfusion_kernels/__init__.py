@@ -2,6 +2,15 @@
 
 # the library loads before the ops that call it
 from . import _native as _native  # isort: skip
+from .cross_tokenizer import AlignedBatch as AlignedBatch
+from .cross_tokenizer import Alignment as Alignment
+from .cross_tokenizer import CrossTokenizer as CrossTokenizer
+from .cross_tokenizer import align_batch as align_batch
+from .cross_tokenizer import paired_rows as paired_rows
+from .cross_tokenizer import patch_offsets as patch_offsets
+from .nn.alm import alm_distillation as alm_distillation
+from .nn.cross_tokenizer import mapped_distillation as mapped_distillation
+from .nn.uld import uld_distillation as uld_distillation
 from .nn.view_alignment import view_aligned_attention as view_aligned_attention
 from .ops.fused_linear_kl.op import fused_linear_kl_distillation as fused_linear_kl_distillation
 from .ops.fused_linear_mse.op import fused_linear_mse as fused_linear_mse

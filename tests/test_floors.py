@@ -16,7 +16,7 @@ NATIVE = sorted(
 
 # a file may import files of its own floor or a lower one
 KERNEL_FLOORS = (
-    ("_triton", "_native", "checks", "cases"),
+    ("_triton", "_native", "checks", "cases", "cross_tokenizer"),
     ("backends", "ops.shared"),
     ("ops",),
     ("nn", "patching"),

@@ -1,5 +1,6 @@
 """Modules that hold options and parameters, and call the doors."""
 
+from .cross_tokenizer import CrossTokenizerLoss as CrossTokenizerLoss
 from .losses import FusedLinearKLDistillationLoss as FusedLinearKLDistillationLoss
 from .losses import KLDistillationLoss as KLDistillationLoss
 from .moe import MoELayer as MoELayer
