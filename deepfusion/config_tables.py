@@ -159,6 +159,11 @@ class DistillConfig(TrainingConfig):
     sampling: str = key(
         "affinity", "which public text a cluster sees", options=("uniform", "affinity")
     )
+    nearness: str = key(
+        "embedding",
+        "which proxy knows a public text: by embeddings, or by how well it predicts it",
+        options=("embedding", "fit"),
+    )
     tokenizer_bridge: str = key("shared", "teacher's ids are the student's", options=("shared",))
     feature_loss: str = key(
         "vaa", "attention over views, a linear map, or no L_FM", options=("vaa", "linear", "none")
@@ -232,5 +237,14 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "tune": {"teacher_weight": 0.0, "balance_text": False},
     },
     "recommended": {},
-    "direct": {"tune": {"steps": 300, "lr": 0.02, "train": "all", "router_supervision": 0.1}},
+    "direct": {
+        "distill": {"nearness": "fit", "beta": 3.0},
+        "tune": {
+            "steps": 300,
+            "lr": 0.02,
+            "train": "all",
+            "router_supervision": 0.1,
+            "teacher_threshold": 0.0,
+        },
+    },
 }

@@ -8,7 +8,7 @@ Recipe "direct" has no students: the base is upcycled and the proxies teach the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,8 @@ from .checkpoints import load_state, save_model, save_state
 from .config import Config
 from .data.encoding import Encoder, fit_idf, make_encoder
 from .data.prepared import Text, prepare
-from .device.gather import DeviceJob
 from .device.gather import gather as in_process
 from .device.train import common_start
-from .ledger import Ledger, Transfer
 from .library import Library
 from .messages import DeviceUpdate
 from .models import build
@@ -32,19 +30,15 @@ from .server.affinity import affinity
 from .server.cluster import Cluster, cluster, clustering_facts
 from .server.direct import direct
 from .server.distill import distill
+from .server.fit import fit
 from .server.merge import merge
 from .server.router_init import RouterText
 from .server.tune import tune
 from .stages import Run
 from .training import train_causal_lm
-from .wire.audit import Audit
+from .uploads import Gather, collect, good_updates
 from .wire.expected import ArchitectureSpec, Expected, save_expected
-from .wire.gate import inspect
-from .wire.intake import device_facts, take_in
 from .wire.package import read_state, state_revision
-
-Gather = Callable[[Sequence[DeviceJob], int], list[Path]]
-GOOD = "uploads.json"
 
 
 def run(config: Config, gather: Gather = in_process) -> Path:
@@ -58,11 +52,10 @@ def run(config: Config, gather: Gather = in_process) -> Path:
     library = Library(here, text.tokenizer)
     _base(here, text, library)
     encode, expected = _starts(here, text, library)
-    _collect(here, text, expected, gather)
-    updates = _updates(here, expected)
+    collect(here, text, expected, gather)
+    updates = good_updates(here, expected)
     clusters = _clusters(here, text, expected, updates)
-    of_documents = affinity(encode([one.text for one in text.public]), clusters)
-    nearness = of_documents[text.sequences.document]
+    nearness = _nearness(here, text, library, encode, clusters)
     if config.run.recipe == "direct":
         _direct(here, text, library, clusters, nearness)
     else:
@@ -130,63 +123,6 @@ def _starts(here: Run, text: Text, library: Library) -> tuple[Encoder, Expected]
     return make_encoder(config.embedding, idf), expected
 
 
-def _jobs(here: Run, text: Text) -> list[DeviceJob]:
-    config = here.config
-    names = list(dict.fromkeys(config.devices.architectures))
-    starts = here.folder / "starts"
-    jobs = []
-    for index, documents in enumerate(text.shards):
-        turn = names.index(config.devices.architectures[index % len(config.devices.architectures)])
-        jobs.append(
-            DeviceJob(
-                device=f"device-{index:02d}",
-                architecture=names[turn],
-                documents=documents,
-                start=starts / f"{turn}.safetensors",
-                tokenizer=here.folder / "tokenizer",
-                config=config,
-                run_folder=here.folder,
-                idf=starts / "idf.safetensors" if config.embedding.idf == "public" else None,
-            )
-        )
-    return jobs
-
-
-def _collect(here: Run, text: Text, expected: Expected, gather: Gather) -> None:
-    """Train the devices; judge and weigh what they upload."""
-    config = here.config
-    jobs = _jobs(here, text)
-    folders = gather(jobs, config.federation.workers)
-
-    def work() -> None:
-        ledger, audit = Ledger(here.folder / "ledger"), Audit(here.folder / "audit.jsonl")
-        for job in jobs:
-            sent = [("base", job.start)] + ([("idf", job.idf)] if job.idf else [])
-            for kind, path in sent:
-                length = path.stat().st_size
-                ledger.add(Transfer(job.device, "down", kind, length, bytes_raw=length))
-        intake = take_in(folders, expected, ledger, audit, config.federation.min_devices)
-        here.write("devices.json", device_facts(intake.updates, expected, ledger))
-        here.write(
-            GOOD,
-            {
-                "good": [update.device for update in intake.updates],
-                "refused": intake.refused,
-                "norms_unchecked": list(intake.unchecked),
-            },
-        )
-
-    starts = sorted(path.stem for path in (here.folder / "stages").glob("start-*.json"))
-    outputs = ["ledger.csv", "devices.json", GOOD]
-    before = [*starts, *(job.device for job in jobs)]
-    here.stage("gate", before, outputs, work, reads=["federation", "upload", "embedding"])
-
-
-def _updates(here: Run, expected: Expected) -> list[DeviceUpdate]:
-    good = here.read(GOOD)["good"]
-    return [inspect(here.folder / "uploads" / name, expected, name) for name in good]
-
-
 def _clusters(
     here: Run, text: Text, expected: Expected, updates: Sequence[DeviceUpdate]
 ) -> list[Cluster]:
@@ -215,6 +151,24 @@ def _read_cluster(folder: Path, index: int) -> Cluster:
     space, facts = load_state(folder / f"{index}-space.safetensors")
     proxy, _ = load_state(folder / f"{index}.safetensors")
     return Cluster(index, facts["architecture"], tuple(facts["members"]), proxy=proxy, **space)
+
+
+def _nearness(
+    here: Run, text: Text, library: Library, encode: Encoder, clusters: Sequence[Cluster]
+) -> Tensor:
+    """How near every public sequence stands to every cluster: [S, K]."""
+    if here.config.distill.nearness == "embedding":
+        of_documents = affinity(encode([one.text for one in text.public]), clusters)
+        return of_documents[text.sequences.document]
+    path = here.folder / "fit.safetensors"
+
+    def work() -> None:
+        proxies = [library.of_state(one.architecture, one.proxy) for one in clusters]
+        found = fit(proxies, text.sequences, here.config.evaluate.batch_size)
+        save_state(path, {"fit": found})
+
+    here.stage("fit", ["cluster"], [path.name], work, reads=["data"])
+    return load_state(path)[0]["fit"]
 
 
 def _distill(

@@ -28,7 +28,7 @@ DRIVER_FLOORS = (
     ("models", "data", "wire", "checkpoints", "ledger"),
     ("training", "stages"),
     ("device", "server", "report"),
-    ("library",),
+    ("library", "uploads"),
     ("assess",),
     ("pipeline",),
     ("flower",),

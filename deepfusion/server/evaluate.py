@@ -83,7 +83,7 @@ def _totals(model: nn.Module, ids_SL: Tensor, batch_size: int, name: str) -> tup
         )
     nll, hits, tokens = 0.0, 0, 0
     for ids_BL in torch.split(ids_SL, batch_size):
-        for logits_TV, labels_T in _logits(model, ids_BL):
+        for logits_TV, labels_T in next_token_logits(model, ids_BL):
             losses_T = F.cross_entropy(logits_TV, labels_T, reduction="none")
             nll += float(losses_T.double().sum())
             hits += int((logits_TV.argmax(dim=-1) == labels_T).sum())
@@ -91,7 +91,7 @@ def _totals(model: nn.Module, ids_SL: Tensor, batch_size: int, name: str) -> tup
     return nll, hits, tokens
 
 
-def _logits(model: nn.Module, ids_BL: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def next_token_logits(model: nn.Module, ids_BL: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Float32 logits of each next token with that token, a block of rows at a time."""
     weight_VD = build.head_weight(model)
     hidden_BLD = build.backbone(model)(ids_BL, use_cache=False).last_hidden_state
