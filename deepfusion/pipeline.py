@@ -33,7 +33,7 @@ from .server.distill import distill
 from .server.fit import fit
 from .server.merge import merge
 from .server.router_init import RouterText
-from .server.tune import tune
+from .server.tune import drawn, tune
 from .stages import Run
 from .training import train_causal_lm
 from .uploads import Gather, collect, good_updates
@@ -164,10 +164,13 @@ def _nearness(
 
     def work() -> None:
         proxies = [library.of_state(one.architecture, one.proxy) for one in clusters]
-        found = fit(proxies, text.sequences, here.config.evaluate.batch_size)
+        # without students nothing but the mixture's own stream is ever asked about
+        direct_run = here.config.run.recipe == "direct"
+        rows = drawn(text.sequences, here.config.tune, here.config.run.seed) if direct_run else None
+        found = fit(proxies, text.sequences, here.config.evaluate.batch_size, rows)
         save_state(path, {"fit": found})
 
-    here.stage("fit", ["cluster"], [path.name], work, reads=["data"])
+    here.stage("fit", ["cluster"], [path.name], work, reads=["data", "tune"])
     return load_state(path)[0]["fit"]
 
 

@@ -18,7 +18,7 @@ from ..data.batches import Packed
 from ..metrics import Recorder
 from .lessons import teach
 from .teaching import Teaching
-from .tune import lessons_of, train_mixture
+from .tune import STREAM, lessons_of, train_mixture
 
 
 def server_steps(config: Config, num_clusters: int) -> int:
@@ -60,7 +60,7 @@ def dense_control(
         loop,
         seed,
         stage="control.dense",
-        stream="tune",
+        stream=STREAM,
         recorder=recorder,
         checkpoint=checkpoint,
     )

@@ -9,11 +9,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
+from .. import seeding
 from ..checkpoints import StepCheckpoint
 from ..config_tables import MergeConfig, TuneConfig
-from ..data.batches import Packed
+from ..data.batches import Packed, rows
 from ..metrics import Recorder
 from ..models import experts
 from .affinity import balanced_weights, best_teacher
@@ -21,6 +23,9 @@ from .fused import fused_experts
 from .lessons import Lessons, teach
 from .router import RouterTap, balance_loss, supervision_loss
 from .teaching import Teaching
+
+# who shares it sees the same batches
+STREAM = "tune"
 
 
 def tune(
@@ -103,7 +108,7 @@ def train_mixture(
             config,
             seed,
             stage=stage,
-            stream="tune",
+            stream=STREAM,
             recorder=recorder,
             checkpoint=checkpoint,
             views_steps=views_steps,
@@ -129,6 +134,17 @@ def lessons_of(
         teacher_S = best_teacher(affinity_SK, config.teacher_threshold)
     weights_S = balanced_weights(sequences.domain) if config.balance_text else None
     return Lessons(sequences, teacher_S, weights_S)
+
+
+def drawn(sequences: Packed, config: TuneConfig, seed: int) -> Tensor:
+    """The rows of `sequences` that tune, direct and the dense control see, ascending."""
+    weights_S = balanced_weights(sequences.domain) if config.balance_text else None
+    stream_seed = seeding.seed_for(seed, STREAM)
+    batches = rows(len(sequences), config.batch_size, config.steps, stream_seed, weights=weights_S)
+    is_drawn_S = torch.zeros(len(sequences), dtype=torch.bool)
+    for batch_B in batches:
+        is_drawn_S[batch_B] = True
+    return is_drawn_S.nonzero().flatten()
 
 
 def freeze(moe: nn.Module, train: str, merge: MergeConfig) -> None:

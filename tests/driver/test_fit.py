@@ -5,8 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from deepfusion.data.batches import Packed
+from deepfusion.config_tables import TuneConfig
+from deepfusion.data.batches import Packed, rows
+from deepfusion.seeding import seed_for
+from deepfusion.server.affinity import balanced_weights
 from deepfusion.server.fit import fit
+from deepfusion.server.tune import drawn
 
 from .tiny import LENGTH, logits, text, tiny
 
@@ -62,6 +66,25 @@ def test_one_surprise_does_not_hide_that_the_rest_was_expected() -> None:
     ids[0, LENGTH // 2] = 7
     found = fit([knows, vague], of_ids(ids), batch_size=1)
     assert found[0, 0] > found[0, 1]
+
+
+def test_rows_not_asked_about_are_near_to_nobody() -> None:
+    proxies, packed = [tiny("gpt2"), tiny("qwen2")], text(6)
+    asked = torch.tensor([1, 4])
+    some, every = fit(proxies, packed, 4, asked), fit(proxies, packed, 4)
+    assert torch.equal(some[[0, 2, 3, 5]], torch.zeros(4, 2))
+    torch.testing.assert_close(some[asked], every[asked], atol=1e-6, rtol=1e-5)
+    assert every[asked].ne(0).all()
+
+
+@pytest.mark.parametrize("balance_text", [True, False])
+def test_drawn_rows_are_those_of_the_stream(balance_text: bool) -> None:
+    packed = text(40)
+    config = TuneConfig(steps=3, batch_size=4, balance_text=balance_text)
+    weights = balanced_weights(packed.domain) if balance_text else None
+    batches = rows(40, 4, 3, seed_for(11, "tune"), weights=weights)
+    assert drawn(packed, config, 11).tolist() == sorted({int(i) for one in batches for i in one})
+    assert drawn(packed, replace(config, steps=0), 11).tolist() == []
 
 
 def test_without_a_proxy() -> None:
