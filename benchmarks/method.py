@@ -36,6 +36,8 @@ def run(name: str, seed: int, folder: Path, options: argparse.Namespace) -> None
         f"evaluate.max_tokens={options.max_tokens}",
         f"controls.dense={str(first).lower()}",
         f"controls.centralised={str(first and not options.no_centralised).lower()}",
+        f"controls.centralised_steps={options.server_steps}",
+        *steps_of(name, options.server_steps, options.clusters),
         *options.set,
     ]
     arguments = [part for one in sets for part in ("--set", one)]
@@ -48,6 +50,15 @@ def run(name: str, seed: int, folder: Path, options: argparse.Namespace) -> None
             check=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
+
+
+def steps_of(name: str, total: int, num_clusters: int) -> list[str]:
+    """Settings that give a recipe `total` optimiser steps on the server, whatever its stages."""
+    clusters = f"cluster.num_clusters={num_clusters}"
+    if name == "direct":
+        return [clusters, f"tune.steps={total}"]
+    each, left = divmod(total, num_clusters + 1)
+    return [clusters, f"distill.steps={each}", f"tune.steps={each + left}"]
 
 
 def lend(source: Path, target: Path) -> None:
@@ -119,6 +130,8 @@ def main() -> int:
     parser.add_argument("--split", default="test", choices=["test", "validation"])
     parser.add_argument("--max-tokens", type=int, default=0)
     parser.add_argument("--no-centralised", action="store_true")
+    parser.add_argument("--server-steps", type=int, default=300, help="of all stages together")
+    parser.add_argument("--clusters", type=int, default=4)
     parser.add_argument("--parallel", type=int, default=2, help="seeds at a time, one thread each")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     options = parser.parse_args()

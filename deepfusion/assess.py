@@ -137,7 +137,13 @@ def _entries(
     entries = [Entry("base", "base", lambda: library.saved("base"))]
     entries += [Entry(one.device, "device", partial(device, one)) for one in updates]
     entries += [
-        Entry(f"proxy {one.index}", "proxy", partial(library.of_state, one.architecture, one.proxy))
+        Entry(
+            f"proxy {one.index}",
+            "proxy",
+            partial(library.of_state, one.architecture, one.proxy),
+            # the mean of one device is that device
+            same_as=one.members[0] if len(one.members) == 1 else "",
+        )
         for one in clusters
     ]
     if here.config.run.recipe != "direct":

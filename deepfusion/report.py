@@ -98,6 +98,11 @@ def _recall(evaluation: Mapping[str, Any]) -> list[Section]:
     text = "Share of the facts held by a single device that a model completes exactly, by argmax."
     if devices:
         text += f" Mean of the single devices over all topics: {sum(devices) / len(devices):.1%}."
+    if "fact_chance" in evaluation:
+        text += (
+            f" A guess among the values a fact could have: {evaluation['fact_chance']:.1%}; public"
+            " hearsay never states the true one, so that the base is below it."
+        )
     return [Section("Fact recall", text, rows)]
 
 

@@ -53,27 +53,23 @@ class DomainScore:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, packed_by_domain: Mapping[str, Packed], batch_size: int, max_tokens: int = 0
+    model: nn.Module, packed_by_domain: Mapping[str, Packed], batch_size: int
 ) -> dict[str, DomainScore]:
     """Scores of every domain and, under "all", of all their tokens together.
 
-    The first token of a sequence is context only. max_tokens > 0 takes whole sequences up to that
-    many. Raises ValueError for a domain without a token to predict.
+    The first token of a sequence is context only. Raises ValueError for a domain without a token
+    to predict.
     """
     was_training = model.training
     model.eval()
     totals = {
-        name: _totals(model, _first(packed.ids, max_tokens), batch_size, name)
+        name: _totals(model, packed.ids, batch_size, name)
         for name, packed in packed_by_domain.items()
     }
     model.train(was_training)
     scores = {name: _score(*total) for name, total in totals.items()}
     scores["all"] = _score(*(sum(column) for column in zip(*totals.values(), strict=True)))
     return scores
-
-
-def _first(ids_SL: Tensor, max_tokens: int) -> Tensor:
-    return ids_SL[: max(1, max_tokens // ids_SL.shape[1])] if max_tokens > 0 else ids_SL
 
 
 def _totals(model: nn.Module, ids_SL: Tensor, batch_size: int, name: str) -> tuple[float, int, int]:

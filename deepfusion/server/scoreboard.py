@@ -1,6 +1,7 @@
 """Every model of a run against the same text and the same facts: what evaluation.json holds.
 
     models[name] = {kind, parameters, domains: {domain: score}, fact_recall: {all, domain: share}}
+    fact_chance  = mean over facts of 1 / values the fact could have
 
 Facts are those that the devices' private text states; a share is of the facts of a domain.
 """
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..config_tables import EvaluateConfig
@@ -23,11 +25,15 @@ from .routing_facts import expert_load
 
 @dataclass(frozen=True)
 class Entry:
-    """One model to score; `load` makes it when its turn comes: one is in memory at a time."""
+    """One model to score; `load` makes it when its turn comes: one is in memory at a time.
+
+    same_as: an earlier entry with the same weights, whose scores it takes over.
+    """
 
     name: str
     kind: str
     load: Callable[[], nn.Module]
+    same_as: str = ""
 
 
 def score_models(
@@ -39,9 +45,13 @@ def score_models(
 ) -> dict[str, Any]:
     """Scores by model; the mixture (kind "moe") also gives its expert load and router entropy."""
     result: dict[str, Any] = {"models": {}, "order": [entry.name for entry in entries]}
+    text = {name: _first(packed, config.max_tokens) for name, packed in text.items()}
     for entry in progress(entries, "evaluate"):
+        if entry.same_as:
+            result["models"][entry.name] = result["models"][entry.same_as] | {"kind": entry.kind}
+            continue
         model = entry.load()
-        scores = evaluate(model, text, config.batch_size, config.max_tokens)
+        scores = evaluate(model, text, config.batch_size)
         result["models"][entry.name] = {
             "kind": entry.kind,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -54,7 +64,17 @@ def score_models(
             routing = expert_load(model, text, config.batch_size)
             result["expert_load"] = {d: one.load.tolist() for d, one in routing.items()}
             result["router_entropy"] = {d: float(one.entropy.mean()) for d, one in routing.items()}
+    if facts:
+        result["fact_chance"] = sum(1 / fact.choices for fact in facts) / len(facts)
     return result
+
+
+def _first(packed: Packed, max_tokens: int) -> Packed:
+    """Whole sequences up to so many tokens; 0: all."""
+    if not max_tokens:
+        return packed
+    kept = max(1, max_tokens // packed.ids.shape[1])
+    return packed.take(torch.arange(min(kept, len(packed))))
 
 
 def recall_by_domain(
