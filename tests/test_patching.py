@@ -1,86 +1,22 @@
 """Tiny models of transformers with our experts and routers inside, and without them again."""
 
-import os
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-transformers = pytest.importorskip("transformers", minversion="5.7")
+from tests.tiny_moe import COMMON, GPT_OSS, MODELS, build, tokens, transformers
 
-from transformers.integrations import moe  # noqa: E402
+from transformers.integrations import moe  # isort: skip
 
-from deepfusion_kernels import patching  # noqa: E402
-from tests.budget import assert_within_budget  # noqa: E402
+from deepfusion_kernels import patching
+from tests.budget import assert_within_budget
 
-COMMON: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "num_experts_per_tok": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-QWEN = {
-    "num_experts": 8,
-    "moe_intermediate_size": 24,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
-LATENT = {
-    "num_key_value_heads": 4,
-    "moe_intermediate_size": 24,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_group": 4,
-    "topk_group": 2,
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "qwen2_moe": {**QWEN, "shared_expert_intermediate_size": 40},
-    "qwen3_moe": {**QWEN, "norm_topk_prob": True, "head_dim": 8},
-    "mixtral": {"num_local_experts": 8},
-    "olmoe": {"num_experts": 8, "norm_topk_prob": False},
-    "deepseek_v2": {**LATENT, "topk_method": "group_limited_greedy", "routed_scaling_factor": 2.0},
-    "deepseek_v3": {**LATENT, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
-}
 RECORDS_LOGITS = ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe")
-GPT_OSS = {"num_local_experts": 8, "head_dim": 8}
-
-
-def build(name: str, options: dict[str, Any], dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(1)
-    config = transformers.AutoConfig.for_model(name, **{**COMMON, **options})
-    model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # tiny initial weights would hide the experts behind the residual stream
-            parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
-        for key, buffer in model.named_buffers():
-            if key.endswith("e_score_correction_bias"):
-                buffer.copy_(torch.randn_like(buffer) * 0.1)
-    return model.to(dtype).eval()
 
 
 @pytest.fixture(params=MODELS)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-def tokens() -> Tensor:
-    return torch.randint(3, 64, (2, 11), generator=torch.Generator().manual_seed(5))
 
 
 def run(model: nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -158,21 +94,6 @@ def test_disable_restores(name) -> None:
     assert model.get_experts_implementation()[""] == "eager"
     assert {n: set(vars(m)) for n, m in model.named_modules()} == keys
     assert torch.equal(model(tokens()).logits, before)
-
-
-def test_from_pretrained_with_the_key(tmp_path) -> None:
-    """Saved without a trace of us; loaded with the key after `register` alone."""
-    model = build("qwen2_moe", MODELS["qwen2_moe"])
-    patching.enable(model)
-    model.save_pretrained(tmp_path)
-    assert "deepfusion" not in (tmp_path / "config.json").read_text()
-    patching.register()
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    loaded = load(tmp_path, experts_implementation="deepfusion")
-    assert loaded.get_experts_implementation()[""] == patching.KEY
-    torch.testing.assert_close(loaded(tokens()).logits, model(tokens()).logits)
-    plain = load(tmp_path)
-    assert plain.get_experts_implementation()[""] != patching.KEY
 
 
 def test_gpt_oss_takes_the_fallback_and_says_so_once() -> None:

@@ -7,6 +7,7 @@ with a shared expert, as in Qwen2-MoE:  out += sigmoid(x w_shared) shared(x)
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,28 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """One MoELayer in plain values: `MoEConfig(**json.load(file))` is what `asdict` wrote."""
+
+    hidden_width: int
+    expert_width: int
+    num_experts: int
+    top_k: int
+    shared_width: int | None = None
+    selection_bias: bool = False
+    activation: str = "silu"
+    score: str = "softmax"
+    order: str = "score_then_topk"
+    renormalize: bool = False
+    scale: float = 1.0
+    num_groups: int | None = None
+    top_groups: int | None = None
+    group_score: str = "max"
+    balance_loss_weight: float = 0.0
+    z_loss_weight: float = 0.0
 
 
 class Router(nn.Module):
@@ -41,12 +64,31 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The weights of all experts, stacked and named as upstream."""
+    """The weights of all experts, stacked and named as upstream.
+
+    A checkpoint with one matrix an expert, `0.gate_proj.weight` [F, D] and so on as model hubs hold
+    it, is stacked while it is loaded.
+    """
 
     def __init__(self, hidden_width: int, expert_width: int, num_experts: int) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_width, hidden_width))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_width, expert_width))
+        self.register_load_state_dict_pre_hook(_stack_experts)  # type: ignore[no-untyped-call]
+
+
+def _stack_experts(module: Experts, state: dict[str, Tensor], prefix: str, *unused: object) -> None:
+    names = [f"{prefix}{e}.{{}}_proj.weight" for e in range(module.down_proj.shape[0])]
+    wanted = [name.format(kind) for name in names for kind in ("gate", "up", "down")]
+    # a missing matrix is left for load_state_dict to report, by its name
+    if not all(name in state for name in wanted):
+        return
+    gate, up, down = (
+        torch.stack([state.pop(name.format(kind)) for name in names])
+        for kind in ("gate", "up", "down")
+    )
+    state[f"{prefix}gate_up_proj"] = torch.cat([gate, up], 1)
+    state[f"{prefix}down_proj"] = down
 
 
 class SharedExpert(nn.Module):
@@ -78,6 +120,11 @@ class MoELayer(nn.Module):
 
     Raises ValueError for options that `moe_route` refuses, TypeError for ones it does not have.
     """
+
+    @classmethod
+    def from_config(cls, config: MoEConfig, backend: str | None = None) -> MoELayer:
+        """The layer that a MoEConfig describes, freshly drawn."""
+        return cls(**asdict(config), backend=backend)
 
     def __init__(
         self,

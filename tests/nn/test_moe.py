@@ -1,34 +1,44 @@
 """MoELayer against the upstream block, the dense identity, and its life in training."""
 
+import json
+from dataclasses import asdict
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from deepfusion_kernels import Routing
-from deepfusion_kernels.nn.moe import MoELayer
+from deepfusion_kernels.nn import MoEConfig, MoELayer
 from tests.budget import assert_within_budget
 
 D, F, E, K = 24, 20, 6, 2
 LOSSES = {"balance_loss_weight": 0.1, "z_loss_weight": 0.01}
 
 
-def test_equals_the_upstream_block_with_the_same_names() -> None:
-    """Qwen2-MoE's block loads our state dict, strictly, and gives the same output and gradients."""
-    from transformers import Qwen2MoeConfig
+def upstream_block(shared_width: int = 28, **options):
+    """Qwen2-MoE's block of transformers."""
+    transformers = pytest.importorskip("transformers", minversion="5.7")
     from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
-    config = Qwen2MoeConfig(
+    config = transformers.Qwen2MoeConfig(
         hidden_size=D,
         moe_intermediate_size=F,
-        shared_expert_intermediate_size=28,
+        shared_expert_intermediate_size=shared_width,
         num_experts=E,
         num_experts_per_tok=K,
-        norm_topk_prob=False,
         experts_implementation="eager",
+        **options,
     )
-    layer = MoELayer(D, F, E, K, shared_width=28)
-    block, truth = Qwen2MoeSparseMoeBlock(config), Qwen2MoeSparseMoeBlock(config).double()
+    return Qwen2MoeSparseMoeBlock(config)
+
+
+@pytest.mark.parametrize("renormalize", (False, True))
+def test_equals_the_upstream_block_with_the_same_names(renormalize) -> None:
+    """Qwen2-MoE's block loads our state dict, strictly, and gives the same output and gradients."""
+    layer = MoELayer(D, F, E, K, shared_width=28, renormalize=renormalize)
+    block, truth = (upstream_block(norm_topk_prob=renormalize) for _ in range(2))
+    truth = truth.double()
     block.load_state_dict(layer.state_dict())
     truth.load_state_dict(layer.state_dict())
     hidden = torch.randn(3, 5, D)
@@ -45,6 +55,67 @@ def test_equals_the_upstream_block_with_the_same_names() -> None:
     for name in dict(layer.named_parameters()):
         grads = (m.get_parameter(name).grad for m in (layer, block, truth))
         assert_within_budget(*grads, f"d{name}")
+
+
+def test_balance_loss_is_the_upstream_one() -> None:
+    """One layer's load_balancing_loss_func of transformers, in value and router gradient."""
+    pytest.importorskip("transformers", minversion="5.7")
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
+
+    layer = MoELayer(D, F, E, K, balance_loss_weight=1.0)
+    hidden = torch.randn(31, D)
+    theirs = load_balancing_loss_func((layer.gate(hidden),), E, K)
+    ours = layer(hidden)[1].aux_loss
+    torch.testing.assert_close(ours, theirs)
+    grads = [torch.autograd.grad(loss, layer.gate.weight)[0] for loss in (ours, theirs)]
+    assert grads[0].abs().max() > 1e-4
+    torch.testing.assert_close(*grads)
+
+
+def test_loads_one_matrix_an_expert() -> None:
+    """The layout of published checkpoints; a missing matrix is named, not made up."""
+    layer, other = (MoELayer(D, F, E, K, shared_width=28) for _ in range(2))
+    state = {n: x for n, x in layer.state_dict().items() if not n.startswith("experts.")}
+    for e in range(E):
+        gate, up = layer.experts.gate_up_proj.detach()[e].chunk(2)
+        down = layer.experts.down_proj.detach()[e]
+        for kind, matrix in {"gate": gate, "up": up, "down": down}.items():
+            state[f"experts.{e}.{kind}_proj.weight"] = matrix
+    other.load_state_dict(state)
+    for name, parameter in layer.named_parameters():
+        assert torch.equal(other.get_parameter(name), parameter), name
+    del state["experts.3.up_proj.weight"]
+    with pytest.raises(RuntimeError, match=r"experts\.gate_up_proj"):
+        other.load_state_dict(state)
+
+
+def test_config_survives_json_and_builds_the_same_layer() -> None:
+    config = MoEConfig(
+        D, F, E, K, shared_width=8, selection_bias=True, score="sigmoid", renormalize=True,
+        scale=2.5, num_groups=3, top_groups=2, group_score="top2_sum", **LOSSES,
+    )  # fmt: skip
+    again = MoEConfig(**json.loads(json.dumps(asdict(config))))
+    assert again == config
+    layer = MoELayer.from_config(again, backend="reference")
+    other = MoELayer(**asdict(config))
+    other.load_state_dict(layer.state_dict())
+    hidden = torch.randn(7, D)
+    (ours, routing), (out, others) = layer(hidden), other(hidden)
+    torch.testing.assert_close(ours, out)
+    assert torch.equal(routing.experts, others.experts)
+    assert routing.weights.sum(1).tolist() == pytest.approx([2.5] * 7)
+    assert layer.backend == "reference"
+
+
+def test_config_says_every_option_of_the_layer() -> None:
+    """An option of moe_route that the config forgets could not be saved."""
+    import inspect
+
+    from deepfusion_kernels import moe_route
+
+    options = set(inspect.signature(moe_route).parameters) - {"router_logits", "backend"}
+    layer = {"hidden_width", "expert_width", "num_experts", "shared_width", "activation"}
+    assert options | layer == set(MoEConfig.__dataclass_fields__)
 
 
 @pytest.mark.parametrize("activation", ("silu", "gelu", "gelu_tanh"))
