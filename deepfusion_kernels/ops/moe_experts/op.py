@@ -173,6 +173,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     *tensors, ctx.activation, ctx.backend = inputs
     _, *saved = output
     ctx.mark_non_differentiable(*saved)
+    # else autograd hands the backward zeros as large as h
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *saved)
 
 
