@@ -10,10 +10,13 @@ export OPENBLAS_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_DISABLE_PROGRESS_BARS := 1
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+# Compiling CUDA takes a minute, and a demo without a GPU has no use for it. Once built whole, it stays whole.
+GPU := $(wildcard /dev/nvidiactl)$(shell nvidia-smi -L 2>/dev/null | grep -m1 '^GPU')
+DEMO_BUILD := $(if $(GPU)$(wildcard .stamps/build),.stamps/build,.stamps/build-cpu)
 
 .PHONY: demo test lint gpu bench sanitize ctest build clean
 
-demo: .stamps/demo .stamps/build
+demo: $(DEMO_BUILD)
 	$(BIN)/deepfusion run examples/demo.toml $(if $(DATA),--set data.source=files --set data.path=$(DATA) --set run.output=runs/demo-files)
 
 test: .stamps/test .stamps/build lint ctest
@@ -59,9 +62,11 @@ build: .stamps/build
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/test.txt
 	touch $@
 
-.stamps/build: .stamps/demo $(NATIVE)
-	PATH="$(CURDIR)/$(BIN):$$PATH" MAX_JOBS=$(JOBS) $(BIN)/pip install --quiet --disable-pip-version-check \
-	  --no-build-isolation --no-deps -e .
+.stamps/build: CUDA := AUTO
+.stamps/build-cpu: CUDA := OFF
+.stamps/build .stamps/build-cpu: .stamps/demo $(NATIVE)
+	PATH="$(CURDIR)/$(BIN):$$PATH" MAX_JOBS=$(JOBS) CMAKE_ARGS="-DDF_WITH_CUDA=$(CUDA) $(CMAKE_ARGS)" \
+	  $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
 clean:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -26,6 +27,14 @@ def find_compiler() -> str | None:
     )
 
 
+class CleanBuild(build):
+    """A wheel of what the tree holds now, without what an earlier build left behind."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 class CMakeBuild(build_ext):
     """One CMake build yields every binary; `_C` stands for all of them in setuptools' eyes."""
 
@@ -33,14 +42,16 @@ class CMakeBuild(build_ext):
         if find_compiler() is None:
             print("deepfusion: no C++ compiler found: pure Python (reference and Triton)")
             return
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         target = Path(self.get_ext_fullpath("deepfusion_kernels._C")).parent.resolve()
-        configure = ["cmake", f"-S{ROOT}", f"-B{build}", "-GNinja", "-DCMAKE_BUILD_TYPE=Release"]
+        configure = ["cmake", f"-S{ROOT}", f"-B{folder}", "-GNinja", "-DCMAKE_BUILD_TYPE=Release"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_INSTALL_PREFIX={target}"]
+        # the folder may remember the ninja of an isolated build whose environment is gone
+        configure += [f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"]
         subprocess.check_call(configure + shlex.split(os.environ.get("CMAKE_ARGS", "")))
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
-        subprocess.check_call(["cmake", "--build", str(build), "-j", jobs])
-        subprocess.check_call(["cmake", "--install", str(build), "--component", "python"])
+        subprocess.check_call(["cmake", "--build", str(folder), "-j", jobs])
+        subprocess.check_call(["cmake", "--install", str(folder), "--component", "python"])
 
     def get_outputs(self) -> list[str]:
         if find_compiler() is None:
@@ -55,6 +66,6 @@ setup(
     packages=find_packages(
         include=["deepfusion", "deepfusion.*", "deepfusion_kernels", "deepfusion_kernels.*"]
     ),
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build": CleanBuild, "build_ext": CMakeBuild},
     ext_modules=[Extension("deepfusion_kernels._C", sources=[])],
 )

@@ -1,38 +1,89 @@
-"""Without a C++ compiler the package is still whole: a pure-Python wheel, and the build says so."""
+"""What a wheel and a source distribution hold, and that without a compiler the package is whole."""
 
 import os
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+NO_COMPILER = {**os.environ, "CXX": "/no/such/compiler"}
 
 
-@pytest.mark.slow
-def test_wheel_without_a_compiler(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
+@pytest.fixture(scope="module")
+def tracked() -> list[str]:
+    """What git tracks, as it stands in the tree."""
     listed = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
-    for name in listed:
-        if name.startswith(("deepfusion", "setup.py", "pyproject.toml", "README.md", "LICENSE")):
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
+    return [name for name in listed if (ROOT / name).is_file()]
+
+
+@pytest.fixture
+def source(tmp_path: Path, tracked: list[str]) -> Path:
+    """The tree of a clone, without its history."""
+    for name in tracked:
+        copy = tmp_path / "source" / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes((ROOT / name).read_bytes())
+    return tmp_path / "source"
+
+
+def python_files(names: list[str]) -> set[str]:
+    return {name for name in names if name.startswith("deepfusion") and name.endswith(".py")}
+
+
+@pytest.mark.slow
+def test_wheel_without_a_compiler(source: Path, tmp_path: Path, tracked: list[str]) -> None:
+    """Pure Python and says so; what an earlier build left behind is not packed."""
+    folder = f"build/lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    for left in (f"{folder}/deepfusion/renamed.py", "deepfusion_kernels/_ops.so"):
+        (source / left).parent.mkdir(parents=True, exist_ok=True)
+        (source / left).write_text("of an earlier build")
     command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps"]
     done = subprocess.run(
         [*command, "--wheel-dir", str(tmp_path), str(source)],
         capture_output=True,
         text=True,
-        env={**os.environ, "CXX": "/no/such/compiler"},
+        env=NO_COMPILER,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no C++ compiler found" in done.stdout + done.stderr
     (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith("deepfusion_moe-")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "deepfusion_kernels/backends.py" in names
-    assert "deepfusion_kernels/py.typed" in names
+    assert python_files(names) == python_files(tracked)
+    assert {"deepfusion/py.typed", "deepfusion_kernels/py.typed"} <= set(names)
     assert not [name for name in names if name.endswith(".so")]
+    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert tops == {"deepfusion", "deepfusion_kernels"}
+
+
+@pytest.mark.slow
+def test_source_distribution_can_be_built_from(
+    source: Path, tmp_path: Path, tracked: list[str]
+) -> None:
+    """Every source of the native library is in it, and nothing that git does not track."""
+    code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=source,
+        capture_output=True,
+        text=True,
+        env=NO_COMPILER,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    assert archive.name.startswith("deepfusion_moe-")
+    with tarfile.open(archive) as opened:
+        names = {one.name.partition("/")[2] for one in opened if one.isfile()}
+    needed = {"setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"}
+    needed |= {name for name in tracked if name.startswith(("csrc/", "deepfusion"))}
+    assert needed - names == set()
+    made = {name for name in names if ".egg-info/" in name} | {"PKG-INFO", "setup.cfg"}
+    assert names - made - set(tracked) == set()
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
