@@ -1,6 +1,7 @@
 """`python benchmarks/run.py --op STEM`: published figures, ours and peers in one process.
 
-Writes benchmarks/results/<device>/<stem>.json and prints a table.
+Writes benchmarks/results/<device>/<stem>.json and prints a table; a partial run (--case, --dtype,
+other inputs) replaces its own rows in that file and leaves the rest.
 """
 
 import argparse
@@ -16,24 +17,31 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from benchmarks import baselines
+from benchmarks import baselines, peers
+from benchmarks.inputs import varied
 from deepfusion_kernels import __version__
 from deepfusion_kernels._triton import HAS_TRITON, triton
 from deepfusion_kernels.bench import roofline
 from deepfusion_kernels.bench.runner import Row, measure
+from deepfusion_kernels.cases import Case
 from deepfusion_kernels.catalog import CATALOG
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def door_of(name: str) -> str:
+    """The door of a function `<peer>_<door>`: the longest one that its name ends with."""
+    doors = [door for op in CATALOG.values() for door in op.doors if name.endswith(f"_{door}")]
+    return max(doors, key=len, default="")
+
+
 def baselines_of(door: str, compiled: bool) -> dict[str, Callable[..., Any]]:
-    """The functions `<name>_<door>` of baselines.py; eager also through torch.compile."""
-    ending = f"_{door}"
+    """The functions `<peer>_<door>` of baselines.py and peers.py; eager through torch.compile."""
     found = {
-        name.removesuffix(ending): function
-        for name, function in vars(baselines).items()
-        if name.endswith(ending) and callable(function)
+        name.removesuffix(f"_{door}"): function
+        for name, function in (vars(baselines) | vars(peers)).items()
+        if callable(function) and not name.startswith("_") and door_of(name) == door
     }
     if compiled and "eager" in found:
         found["torch.compile"] = torch.compile(found["eager"])
@@ -65,25 +73,35 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 HEADER = (
-    "| op | case | dtype | variant | median ms | p20-p80 | extra MiB | share of roof |\n"
-    "|---|---|---|---|---:|---|---:|---:|"
+    "| op | case | dtype | variant | median ms | p20-p80 | extra MiB | share of roof | error |\n"
+    "|---|---|---|---|---:|---|---:|---:|---:|"
 )
 
 
 def line(row: Row) -> str:
     """One row as Markdown."""
+    error = "" if row.error is None else f"{row.error:.1e}"
     return (
         f"| {row.op} | {row.case} | {row.dtype} | {row.variant} | {row.median_ms:.2f} "
-        f"| {row.p20_ms:.2f}-{row.p80_ms:.2f} | {row.extra_mib:.1f} | {row.share_of_roof:.0%} |"
+        f"| {row.p20_ms:.2f}-{row.p80_ms:.2f} | {row.extra_mib:.1f} | {row.share_of_roof:.0%} "
+        f"| {error} |"
     )
 
 
-def run_stem(stem: str, device: torch.device, options: argparse.Namespace) -> list[Row]:
-    """Measure every case of a stem that is worth timing."""
-    rows: list[Row] = []
-    for case in CATALOG[stem].cases:
-        if case.quick or (options.case and options.case not in case.name):
-            continue
+def cases_of(stem: str, options: argparse.Namespace) -> list[Case]:
+    """The cases of a stem that are worth timing, on the inputs that were asked for."""
+    cases = [case for case in CATALOG[stem].cases if not case.quick and options.case in case.name]
+    inputs = options.std, options.teacher, options.masked
+    return [varied(case, *inputs) for case in cases[: 1 if options.quick else None]]
+
+
+def run_stem(
+    stem: str, device: torch.device, options: argparse.Namespace
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The rows of a stem, and who did not serve which case and why."""
+    rows: list[dict[str, Any]] = []
+    refused: dict[str, str] = {}
+    for case in cases_of(stem, options):
         for name in options.dtype:
             # the reference states the meaning; its speed is nobody's concern
             found = measure(
@@ -92,38 +110,64 @@ def run_stem(stem: str, device: torch.device, options: argparse.Namespace) -> li
                 device,
                 DTYPES[name],
                 baselines_of(case.door, compiled=not options.no_compile),
-                repeats=options.repeats,
+                repeats=3 if options.quick else options.repeats,
                 skip=() if options.reference else ("reference",),
             )
-            rows += found
-            print("\n".join(map(line, found)), flush=True)
-    return rows
+            rows += [{**row.as_dict(), "shapes": found.shapes} for row in found.rows]
+            print("\n".join(map(line, found.rows)), flush=True)
+            for variant, reason in found.refused.items():
+                refused[f"{case.door} {case.name} {name} {variant}"] = reason
+                print(f"{case.door} {case.name} {name}: no {variant}: {reason}", flush=True)
+    return rows, refused
 
 
-def main() -> int:
+def write(path: Path, facts: dict[str, Any], rows: list[dict[str, Any]], whole: bool) -> None:
+    """Write a results file; a partial run keeps the rows that it did not measure again."""
+    key = ("op", "case", "dtype", "variant")
+    measured = {tuple(row[part] for part in key) for row in rows}
+    if path.exists() and not whole:
+        old = json.loads(path.read_text())["rows"]
+        rows = [row for row in old if tuple(row[part] for part in key) not in measured] + rows
+    rows = [{"commit": facts["commit"], **row} for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--op", action="append", choices=list(CATALOG), help="stem; default all")
     parser.add_argument("--case", default="", help="only cases whose name holds this")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=list(DTYPES))
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--quick", action="store_true", help="first case, 3 repeats, not written")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--reference", action="store_true", help="time the reference too")
-    options = parser.parse_args()
+    parser.add_argument("--std", type=float, help="standard deviation of the student's logits")
+    parser.add_argument("--teacher", choices=("near", "far"))
+    parser.add_argument("--masked", type=float, help="share of tokens without a label")
+    return parser.parse_args(words)
+
+
+def main() -> int:
+    options = parse()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts = environment(device)
+    inputs = (options.std, options.teacher, options.masked)
+    whole = not options.case and inputs == (None, None, None) and len(options.dtype) > 1
     failed = False
     print(HEADER)
     for stem in options.op or list(CATALOG):
         try:
-            rows = run_stem(stem, device, options)
-        except (RuntimeError, ValueError, NotImplementedError) as error:
+            rows, refused = run_stem(stem, device, options)
+        except (RuntimeError, ValueError) as error:
             print(f"{stem}: FAILED: {error}", file=sys.stderr)
             failed = True
             continue
-        folder = RESULTS / facts["device"]
-        folder.mkdir(parents=True, exist_ok=True)
-        document = {**facts, "rows": [row.as_dict() for row in rows]}
-        (folder / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
+        own = [key for key in refused if key.split()[-1] in CATALOG[stem].impls]
+        failed |= bool(own)
+        if not options.quick:
+            path = RESULTS / facts["device"] / f"{stem}.json"
+            write(path, {**facts, "refused": refused}, rows, whole)
     return int(failed)
 
 
