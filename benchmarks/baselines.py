@@ -138,9 +138,11 @@ def eager_fused_linear_mse(
     target: Tensor,
     *,
     patch_size: int,
+    target_norm: bool = False,
 ) -> Tensor:
     """Pool, F.linear, F.mse_loss in float32."""
     goal = _patch_means(target, patch_size, None)
+    goal = F.layer_norm(goal, goal.shape[-1:], eps=1e-6) if target_norm else goal
     return F.mse_loss(F.linear(features, weight, bias).float(), goal.float())
 
 
@@ -179,6 +181,7 @@ def eager_view_aligned_attention(
     num_heads: int,
     patch_size: int = 8,
     patchify: str = "conv",
+    target_norm: bool = False,
     as_conv1d: bool = False,
 ) -> Tensor:
     """F.linear on views (or F.conv1d), stack, SDPA, F.linear, F.mse_loss; every token valid."""
@@ -199,7 +202,9 @@ def eager_view_aligned_attention(
             parts.append(F.linear(rows.reshape(B, -1, p * H), weight, bias))
     y = eager_multi_stage_attention(torch.stack(parts, 1), qkv_weight, num_heads=num_heads)
     losses = [
-        eager_fused_linear_mse(y[:, j], head_weight[j], head_bias[j], target, patch_size=p)
+        eager_fused_linear_mse(
+            y[:, j], head_weight[j], head_bias[j], target, patch_size=p, target_norm=target_norm
+        )
         for j, target in enumerate(teacher_stages)
     ]
     return torch.stack(losses).sum()
@@ -208,3 +213,18 @@ def eager_view_aligned_attention(
 def conv1d_view_aligned_attention(*arguments: Any, **options: Any) -> Tensor:
     """The same with the patches projected by Conv1d, as the paper's figure draws it."""
     return eager_view_aligned_attention(*arguments, **options, as_conv1d=True)
+
+
+def eager_orthogonalise(matrices: Tensor) -> Tensor:
+    """torch.optim.Muon's own rounds, matrix by matrix, in bfloat16."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    rows = []
+    for matrix in matrices:
+        tall = matrix.shape[0] > matrix.shape[1]
+        x = matrix.bfloat16().t() if tall else matrix.bfloat16()
+        x = x / x.norm().clamp(min=1e-7)
+        for _ in range(5):
+            gram = x @ x.t()
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        rows.append(x.t() if tall else x)
+    return torch.stack(rows)

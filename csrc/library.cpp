@@ -103,4 +103,9 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
   m.def(
       "linear_mse_epilogue(Tensor(a!) predictions, Tensor? bias, Tensor target, Tensor offsets, "
       "Tensor? mask, Tensor scale, Tensor(b!) sse, int first, bool target_norm) -> ()");
+
+  // orthogonalise
+  m.def(
+      "orthogonalise(Tensor matrices, Tensor(a!) out, int rounds, float a, float b, float c) -> "
+      "()");
 }

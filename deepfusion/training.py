@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from deepfusion_kernels import fused_linear_kl_distillation
+from deepfusion_kernels import fused_linear_kl_distillation, orthogonalise
 
 from .checkpoints import StepCheckpoint
 from .config_tables import TrainingConfig
@@ -22,15 +22,12 @@ from .metrics import Recorder, progress
 from .models import build
 from .seeding import seed_for
 
-# Keller Jordan's quintic: five rounds bring singular values into 0.7..1.2
-_QUINTIC = (3.4445, -4.7750, 2.0315)
-_ROUNDS = 5
 # Moonlight (arXiv 2502.16982): root mean square of an update as AdamW's, so that one lr serves both
 _ADAMW_RMS = 0.2
 
 
 class Muon(Optimizer):
-    """torch.optim.Muon's update on stacks of equal matrices: twice as fast on many small ones.
+    """torch.optim.Muon's update on stacks of equal matrices, all of one shape at once.
 
     Parameters [.., A, B]: a 3-D one is a stack of expert matrices, each orthogonalised by itself.
     """
@@ -49,40 +46,29 @@ class Muon(Optimizer):
         """One update of every parameter that has a gradient."""
         assert closure is None, "Muon takes no closure"
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                # Nesterov: look one step ahead
-                ahead = torch.lerp(parameter.grad, state["momentum"], group["momentum"])
-                by_shape.setdefault(parameter.shape, []).append((parameter, ahead))
-            for shape, pairs in by_shape.items():
-                updates = orthogonalise(torch.stack([ahead for _, ahead in pairs]))
-                scale = _ADAMW_RMS * math.sqrt(max(shape[-2:]))
-                for (parameter, _), update in zip(pairs, updates, strict=True):
+                if parameter.grad is not None:
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in by_shape.items():
+                ahead = parameters[0].new_empty(len(parameters), *shape)
+                for parameter, row in zip(parameters, ahead, strict=True):
+                    self._look_ahead(parameter, group["momentum"], row)
+                rate = -group["lr"] * _ADAMW_RMS * math.sqrt(max(shape[-2:]))
+                ahead = ahead.to(torch.promote_types(ahead.dtype, torch.float32))
+                for parameter, update in zip(parameters, orthogonalise(ahead), strict=True):
                     if group["weight_decay"]:
                         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update, alpha=-group["lr"] * scale)
+                    parameter.add_(update, alpha=rate)
 
-
-def orthogonalise(matrices: Tensor) -> Tensor:
-    """Nearest (roughly) orthogonal matrices [.., A, B]; bfloat16 inside where that is fast."""
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    # a CPU without bfloat16 instructions would emulate every product
-    is_fast = matrices.is_cuda or torch.cpu._is_avx512_bf16_supported()
-    dtype = torch.bfloat16 if is_fast else torch.float32
-    X: Tensor = (matrices.mT if tall else matrices).flatten(0, -3).to(dtype)
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    a, b, c = _QUINTIC
-    for _ in range(_ROUNDS):
-        gram = X @ X.mT
-        # sums within the products: no pass over memory of their own
-        X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
-    return (X.mT if tall else X).to(matrices.dtype).view(matrices.shape)
+    def _look_ahead(self, parameter: nn.Parameter, momentum: float, out: Tensor) -> None:
+        """Nesterov: the mean of the gradients, one step further."""
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        assert parameter.grad is not None, "only parameters with a gradient are moved"
+        state["momentum"].lerp_(parameter.grad, 1 - momentum)
+        torch.lerp(parameter.grad, state["momentum"], momentum, out=out)
 
 
 def matrices_of(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -175,13 +161,8 @@ def train_steps(
         torch.manual_seed(seed_for(seed, stage, "step", step))
         terms = loss_of(batch, step)
         _backward(terms["loss"], stage, step)
-        nn.utils.clip_grad_norm_(parameters, schedule.clip)
         lr = lr_at(step, schedule.steps, schedule.lr, schedule.warmup_share)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        descend(parameters, optimizers, lr, schedule.clip)
         recorder.record(
             stage, step, lr=lr, **{name: float(term.detach()) for name, term in terms.items()}
         )
@@ -189,6 +170,18 @@ def train_steps(
             checkpoint.save(step + 1, modules, optimizers)
     for module in modules.values():
         module.eval()
+
+
+def descend(
+    parameters: Sequence[nn.Parameter], optimizers: Sequence[Optimizer], lr: float, clip: float
+) -> None:
+    """One step along gradients of at most norm `clip`, which are gone afterwards."""
+    nn.utils.clip_grad_norm_(parameters, clip)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def train_causal_lm(

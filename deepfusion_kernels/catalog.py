@@ -20,6 +20,7 @@ STEMS: tuple[str, ...] = (
     "moe_experts",
     "view_aligned_attention",
     "fused_linear_mse",
+    "orthogonalise",
 )
 
 
