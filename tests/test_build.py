@@ -87,3 +87,27 @@ def test_source_distribution_can_be_built_from(
     made = {name for name in names if ".egg-info/" in name} | {"PKG-INFO", "setup.cfg"}
     assert names - made - set(tracked) == set()
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
+
+
+@pytest.mark.parametrize(
+    "gpu, built, cuda", [("", "", "OFF"), ("/dev/nvidiactl", "", "AUTO"), ("", "build", "AUTO")]
+)
+def test_demo_compiles_cuda_only_for_a_gpu(tmp_path: Path, gpu: str, built: str, cuda: str) -> None:
+    """Without one CUDA is left out, unless the tree was built whole before."""
+    (tmp_path / "Makefile").write_bytes((ROOT / "Makefile").read_bytes())
+    for name in ("csrc", "requirements", "CMakeLists.txt", "setup.py", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".stamps").mkdir()
+    if built:
+        (tmp_path / ".stamps" / built).touch()
+        os.utime(tmp_path / ".stamps" / built, (0, 0))
+    planned = subprocess.run(
+        ["make", "-n", "demo", f"GPU={gpu}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "MAKEFLAGS": ""},
+    ).stdout
+    assert planned.count("-DDF_WITH_CUDA=") == 1
+    assert f"-DDF_WITH_CUDA={cuda}" in planned
