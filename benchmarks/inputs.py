@@ -35,7 +35,8 @@ def _logits(
     """Logits themselves: the student scaled, the teacher drawn anew where it is asked for."""
     old = arguments["student_logits"].detach()
     student = old.float() if std is None else _spread(old, std)
-    changed = {"student_logits": student.to(old.dtype).requires_grad_()}
+    # a copy: in float32 the teacher would else be made of what wants a gradient
+    changed = {"student_logits": student.to(old.dtype, copy=True).requires_grad_()}
     if "teacher_logits" in arguments:
         noise = _spread(_normal(student, generator), float(student.std()))
         given = _spread(arguments["teacher_logits"], float(student.std()))

@@ -101,6 +101,7 @@ def test_varied_logits(std: float, teacher: str) -> None:
     made = case.make(CPU, torch.float32, 0)
     student, given = made["student_logits"], made["teacher_logits"]
     assert student.requires_grad
+    assert not given.requires_grad
     assert float(student.std()) == pytest.approx(std, rel=1e-3)
     likeness = float(torch.corrcoef(torch.stack([student.flatten(), given.flatten()]))[0, 1])
     assert likeness > 0.99 if teacher == "near" else abs(likeness) < 0.05
