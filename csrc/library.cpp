@@ -32,12 +32,12 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
       "int first_column, int divergence, float beta, float temperature, float kd_weight, float "
       "ce_weight) -> ()");
 
-  m.def("fused_linear_kl_multiplies_bfloat16(Tensor like) -> bool");
+  m.def("fused_linear_kl_multiplies(Tensor like) -> bool");
   m.def(
-      "fused_linear_kl_project_bfloat16(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) "
+      "fused_linear_kl_project(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) "
       "out) -> ()");
   m.def(
-      "fused_linear_kl_gradients_bfloat16(Tensor dlogits, Tensor hidden, Tensor weight, "
+      "fused_linear_kl_gradients(Tensor dlogits, Tensor hidden, Tensor weight, "
       "Tensor(a!)? dhidden, Tensor(b!)? dweight, bool first) -> ()");
 
   // topk_kl

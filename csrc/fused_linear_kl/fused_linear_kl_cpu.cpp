@@ -129,26 +129,26 @@ template <typename W>
 void finish(int64_t rows, const double* all_sums, const W* scales, bool own_sum,
             Divergence divergence, double beta, double kd_weight, double ce_weight, W* losses,
             W* all_stats) {
+  const bool jsd = divergence == Divergence::kJSD, reverse = divergence == Divergence::kReverseKL;
   for (int64_t row = 0; row < rows; ++row) {
     const RowSums sums = load(all_sums + row * kNumSums);
-    W* stats = all_stats + row * kNumStats;
-    std::fill(stats, stats + kNumStats, W(0));
-    losses[row] = W(0);
-    if (scales[row] == W(0)) continue;
-    const ExpSum<double> at_one = own_sum ? sums.at_one : sums.kd.s;
-    double loss = 0, k_s = sums.jsd.k_s, k_t = sums.jsd.k_t;
-    if (kd_weight != 0) {
-      double kd = beta * k_t + (1 - beta) * k_s;
-      if (divergence != Divergence::kJSD)
-        k_s = k_t = kd = finish_kl(sums.kd, divergence == Divergence::kReverseKL);
-      loss += kd_weight * kd;
+    RowStats<W> stats{};
+    double loss = 0;
+    if (scales[row] != W(0)) {
+      const ExpSum<double> at_one = own_sum ? sums.at_one : sums.kd.s;
+      stats = {W(sums.kd.s.m),  W(log_sum(sums.kd.s)), W(sums.kd.t.m), W(log_sum(sums.kd.t)),
+               W(sums.jsd.k_s), W(sums.jsd.k_t),       W(at_one.m),    W(log_sum(at_one))};
+      double kd = beta * sums.jsd.k_t + (1 - beta) * sums.jsd.k_s;
+      if (kd_weight != 0 && !jsd) {
+        kd = finish_kl(sums.kd, reverse);
+        save_kl(sums.kd, kd, reverse, stats);
+      }
+      if (kd_weight != 0) loss += kd_weight * kd;
+      if (ce_weight != 0) loss += ce_weight * (at_one.m - sums.chosen + log_sum(at_one));
+      loss *= scales[row];
     }
-    if (ce_weight != 0) loss += ce_weight * (at_one.m - sums.chosen + log_sum(at_one));
-    const std::array<double, kNumStats> values = {
-        sums.kd.s.m, log_sum(sums.kd.s), sums.kd.t.m,    log_sum(sums.kd.t), k_s,
-        k_t,         at_one.m,           log_sum(at_one)};
-    for (int64_t at = 0; at < kNumStats; ++at) stats[at] = static_cast<W>(values[at]);
-    losses[row] = static_cast<W>(scales[row] * loss);
+    std::memcpy(all_stats + row * kNumStats, &stats, sizeof(stats));
+    losses[row] = static_cast<W>(loss);
   }
 }
 

@@ -17,6 +17,10 @@ from .tiles import Head, empty_gradients, plan, spans
 
 STATISTICS = 8
 SUMS = 13
+# of them the maxima of student, teacher, and student at temperature 1
+MAXIMA = [0, 2, 8]
+# and what the second sweep of jsd adds
+MEANS = [11, 12]
 _native = torch.ops.deepfusion_native
 
 
@@ -42,10 +46,12 @@ def forward(
     return losses_T, statistics, kept
 
 
-def backward(problem: Problem, drows_T: Tensor, statistics: Tensor, wants: Wants) -> Gradients:
+def backward(
+    problem: Problem, drows_T: Tensor, statistics: Tensor, wants: Wants, first_column: int = 0
+) -> Gradients:
     """Projects again; of the head's gradient it holds one slice beside the result."""
     gradients = empty_gradients(problem, wants, problem.dtypes)
-    rows = Rows(problem, plan(problem, whole_rows=False))
+    rows = Rows(problem, plan(problem, whole_rows=False), first_column)
     scale_T = problem.scale_T * drows_T
     # where the dtypes agree these are the results themselves
     dhidden_TD, dbias_V = gradients.dhidden.to(problem.wide), gradients.dbias.to(problem.wide)
@@ -71,14 +77,14 @@ def backward(problem: Problem, drows_T: Tensor, statistics: Tensor, wants: Wants
     )
 
 
-class PairHead(Head):
-    """bfloat16 factors multiplied as they are, where the processor does that."""
+class PackedHead(Head):
+    """Factors multiplied as they are, float32 or pairs of bfloat16, by our own GEMMs."""
 
     widens = False
 
     def project(self, hidden_TD: Tensor, begin: int, end: int, tile_TV: Tensor) -> None:
         bias = None if self.bias is None else self.bias[begin:end].to(self.wide)
-        _native.fused_linear_kl_project_bfloat16(hidden_TD, self.weight[begin:end], bias, tile_TV)
+        _native.fused_linear_kl_project(hidden_TD, self.weight[begin:end], bias, tile_TV)
 
     def add_gradients(
         self,
@@ -91,7 +97,7 @@ class PairHead(Head):
         first, into_VD = block.start == 0, dweight_VD
         if dweight_VD is not None and dweight_VD.dtype == torch.float16:
             into_VD, first = torch.empty_like(dweight_VD, dtype=self.wide), True
-        _native.fused_linear_kl_gradients_bfloat16(
+        _native.fused_linear_kl_gradients(
             dlogits_TV,
             self.hidden[block],
             self.weight[begin : begin + dlogits_TV.shape[1]],
@@ -104,20 +110,20 @@ class PairHead(Head):
 
 
 def head(problem: Problem, side: str, columns: int, tile: tuple[int, int]) -> Head:
-    """A side by the GEMM that suits its dtype; pairs need an even width and rows without gaps."""
+    """A side by the GEMM that suits its dtype; bfloat16 pairs need an even width."""
     weight: Tensor = getattr(problem, f"{side}_weight")
-    paired = weight.dtype == torch.bfloat16 and problem.wide == torch.float32
-    paired = paired and weight.shape[1] % 2 == 0 and weight.is_contiguous()
-    if paired and _native.fused_linear_kl_multiplies_bfloat16(weight):
-        return PairHead(problem, side, columns, tile)
+    packs = problem.wide == torch.float32 and weight.is_contiguous()
+    packs = packs and (weight.dtype == torch.float32 or weight.shape[1] % 2 == 0)
+    if packs and _native.fused_linear_kl_multiplies(weight):
+        return PackedHead(problem, side, columns, tile)
     return Head(problem, side, columns, tile)
 
 
 class Rows:
-    """The C++ row kernels on the tiles of one call."""
+    """The C++ row kernels on the tiles of one call; first_column is where this shard begins."""
 
-    def __init__(self, problem: Problem, tile: tuple[int, int]) -> None:
-        self.problem, self.T = problem, problem.scale_T.shape[0]
+    def __init__(self, problem: Problem, tile: tuple[int, int], first_column: int = 0) -> None:
+        self.problem, self.T, self.first_column = problem, problem.scale_T.shape[0], first_column
         self.student = head(problem, "student", problem.columns, tile)
         self.teacher = (
             head(problem, "teacher", problem.compared, tile) if problem.compared else None
@@ -143,33 +149,49 @@ class Rows:
 
     def statistics(self, blocks: list[slice]) -> tuple[Tensor, Tensor]:
         """Losses and statistics of the rows of some neighbouring blocks."""
-        problem, first = self.problem, blocks[0].start if blocks else 0
-        scale_T = problem.scale_T[first : blocks[-1].stop if blocks else 0]
-        sums = scale_T.new_zeros((scale_T.shape[0], SUMS), dtype=torch.float64)
-        sums[:, [0, 2, 8]] = MISSING
+        scale_T = self.problem.scale_T[_covered(blocks)]
+        sums = self.sums(blocks)
+        found = self.finish(sums, scale_T)
+        if self.problem.divergence != "jsd" or not self.problem.compared:
+            return found
+        self.add_jsd(blocks, found[1], sums)
+        return self.finish(sums, scale_T)
+
+    def sums(self, blocks: list[slice]) -> Tensor:
+        """Partial sums [rows, 13] in float64; csrc/fused_linear_kl names them."""
+        problem, covered = self.problem, _covered(blocks)
+        sums = problem.scale_T.new_zeros((covered.stop - covered.start, SUMS), dtype=torch.float64)
+        sums[:, MAXIMA] = MISSING
         for begin, end in self.slices:
             for block in blocks:
-                tiles, local = (
-                    self.project(block, begin, end),
-                    slice(block.start - first, block.stop - first),
-                )
+                tiles, local = self.project(block, begin, end), _within(block, covered)
                 _native.fused_linear_kl_accumulate(
-                    *tiles, self._labels(block), scale_T[local], sums[local], begin,
-                    self.own_sum, self.divergence, problem.temperature,
+                    *tiles, self._labels(block), problem.scale_T[block], sums[local],
+                    self.first_column + begin, self.own_sum, self.divergence, problem.temperature,
                 )  # fmt: skip
-        found = self._finish(sums, scale_T)
-        if problem.divergence != "jsd" or not problem.compared:
-            return found
+        return sums
+
+    def add_jsd(self, blocks: list[slice], statistics: Tensor, sums: Tensor) -> None:
+        """The second sweep: what jsd sums once the normalisers are known."""
+        problem, covered = self.problem, _covered(blocks)
         for begin, end in self.slices:
             for block in blocks:
                 student_TV, teacher_TV = self.project(block, begin, end)
-                local = slice(block.start - first, block.stop - first)
+                local = _within(block, covered)
                 if teacher_TV is not None:
                     _native.fused_linear_kl_jsd(
-                        student_TV, teacher_TV, scale_T[local], found[1][local], sums[local],
-                        problem.beta, problem.temperature,
+                        student_TV, teacher_TV, problem.scale_T[block], statistics[local],
+                        sums[local], problem.beta, problem.temperature,
                     )  # fmt: skip
-        return self._finish(sums, scale_T)
+
+    def finish(self, sums: Tensor, scale_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses [rows] times their scale and statistics [rows, 8]."""
+        problem = self.problem
+        kd_weight = problem.kd_scale if problem.compared else 0.0
+        losses_T, statistics = _native.fused_linear_kl_finish(
+            sums, scale_T, self.own_sum, self.divergence, problem.beta, kd_weight, problem.ce_weight
+        )
+        return losses_T, statistics
 
     def gradient(
         self, block: slice, begin: int, end: int, statistics: Tensor, scale_T: Tensor
@@ -177,8 +199,9 @@ class Rows:
         """dS of one tile, in the memory of its logits."""
         problem, (student_TV, teacher_TV) = self.problem, self.project(block, begin, end)
         _native.fused_linear_kl_gradient(
-            student_TV, teacher_TV, self._labels(block), scale_T[block], statistics[block], begin,
-            self.divergence, problem.beta, problem.temperature, problem.kd_scale, problem.ce_weight,
+            student_TV, teacher_TV, self._labels(block), scale_T[block], statistics[block],
+            self.first_column + begin, self.divergence, problem.beta, problem.temperature,
+            problem.kd_scale, problem.ce_weight,
         )  # fmt: skip
         self.there = None
         return student_TV
@@ -186,10 +209,11 @@ class Rows:
     def _labels(self, block: slice) -> Tensor | None:
         return None if self.labels is None else self.labels[block]
 
-    def _finish(self, sums: Tensor, scale_T: Tensor) -> tuple[Tensor, Tensor]:
-        problem = self.problem
-        kd_weight = problem.kd_scale if problem.compared else 0.0
-        losses_T, statistics = _native.fused_linear_kl_finish(
-            sums, scale_T, self.own_sum, self.divergence, problem.beta, kd_weight, problem.ce_weight
-        )
-        return losses_T, statistics
+
+def _covered(blocks: list[slice]) -> slice:
+    """The rows of neighbouring blocks."""
+    return slice(blocks[0].start, blocks[-1].stop) if blocks else slice(0, 0)
+
+
+def _within(block: slice, covered: slice) -> slice:
+    return slice(block.start - covered.start, block.stop - covered.start)

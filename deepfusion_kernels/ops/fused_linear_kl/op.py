@@ -140,9 +140,11 @@ def _chunk_bytes(asked: int | None, problem: Problem) -> int:
     if asked is not None:
         expect_that(asked > 0, OP, "chunk_bytes", "positive", asked)
         return asked
-    if problem.student_hidden.device.type == "cpu":
-        return CPU_CHUNK_BYTES
     row_bytes = (problem.columns + problem.compared) * problem.wide.itemsize
+    if problem.student_hidden.device.type == "cpu":
+        # a narrow head's accumulator would be a second matrix of its size beside the result
+        keeps = problem.student_weight.dtype == problem.wide
+        return max(CPU_CHUNK_BYTES, MIN_CHUNK_ROWS * row_bytes if keeps else 0)
     return max(512 * row_bytes, 640 << 20)
 
 
@@ -259,6 +261,15 @@ def _(kept: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(kept, dtype=dtype)
 
 
+def _scaled(kept: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
+    # the last backward of this graph may have the memory; a tracer sees no graph to ask about
+    last = type(dloss) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+    if last and kept.dtype == dtype:
+        return kept.detach().mul_(dloss)
+    scaled: Tensor = _scale(kept, dloss, dtype)
+    return scaled
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *problem, _, _, _, in_forward, _, ctx.backend = inputs
     # else autograd fills a zero gradient of the size of every kept gradient
@@ -277,7 +288,7 @@ def _autograd(ctx: Any, dloss: Tensor | None, *unused: Tensor | None) -> tuple[T
         return (None,) * 20
     if ctx.in_forward:
         kept = zip(wants, ctx.saved_tensors, ctx.dtypes, strict=True)
-        found = [_scale(tensor, dloss, dtype) if want else None for want, tensor, dtype in kept]
+        found = [_scaled(tensor, dloss, dtype) if want else None for want, tensor, dtype in kept]
     else:
         gradients = _backward(dloss, *ctx.saved_tensors, *ctx.options, *wants, ctx.backend)
         found = [
