@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import expect_that
 from ..ops.fused_linear_kl.op import fused_linear_kl_distillation
 from ..ops.kl_distillation.op import kl_distillation
 
@@ -41,21 +42,25 @@ class KLDistillationLoss(nn.Module):
 class FusedLinearKLDistillationLoss(nn.Module):
     """fused_linear_kl_distillation with its options fixed; logits are never whole in memory.
 
-    Options are the keywords of deepfusion_kernels.fused_linear_kl_distillation except biases and
-    row_weight, which are given with the tensors. compact: masked rows are dropped before the GEMMs,
-    which pays where many are; on a GPU their count costs one synchronisation with the host, and the
-    shapes then depend on the data, so a full graph cannot hold it.
+    lm_head: the student's head, when it is to be a part of this module; a tied embedding's weight
+    may be its own. Options are the keywords of deepfusion_kernels.fused_linear_kl_distillation
+    except biases and row_weight, which are given with the tensors. compact: masked rows are dropped
+    before the GEMMs, which pays where many are; on a GPU their count costs one synchronisation with
+    the host, and the shapes then depend on the data, so a full graph cannot hold it.
     """
 
-    def __init__(self, *, compact: bool = False, **options: Any) -> None:
+    def __init__(
+        self, *, lm_head: nn.Linear | None = None, compact: bool = False, **options: Any
+    ) -> None:
         super().__init__()
+        self.lm_head = lm_head
         self.compact = compact
         self.options = options
 
     def forward(
         self,
         student_hidden: Tensor,
-        student_weight: Tensor,
+        student_weight: Tensor | None,
         teacher_hidden: Tensor | None,
         teacher_weight: Tensor | None,
         labels: Tensor | None = None,
@@ -63,7 +68,11 @@ class FusedLinearKLDistillationLoss(nn.Module):
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
     ) -> Tensor:
-        """hidden [..., D], weight [V, D] of either side -> float32 scalar, or [...]."""
+        """hidden [..., D], weight [V, D] of either side -> float32 scalar, or [...].
+
+        student_weight and student_bias are None where the module owns the head. Raises ValueError.
+        """
+        student_weight, student_bias = self._head(student_weight, student_bias)
         kept = self._kept(labels, row_weight) if self.compact else None
 
         def rows(of: Tensor | None) -> Tensor | None:
@@ -83,6 +92,20 @@ class FusedLinearKLDistillationLoss(nn.Module):
         if kept is None or self.options.get("reduction", "mean") != "none":
             return loss
         return loss.new_zeros(student_hidden.shape[:-1]).index_put(kept, loss)
+
+    def _head(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        name = type(self).__name__
+        if self.lm_head is None:
+            expect_that(weight is not None, name, "student_weight", "given without lm_head", weight)
+            assert weight is not None, "just checked"
+            return weight, bias
+        given = weight is not None or bias is not None
+        expect_that(not given, name, "student_weight", "None: lm_head is owned", "a tensor")
+        # NOTE: the gradient of a head that is gathered here would not be summed over the ranks.
+        sharded = hasattr(self.lm_head.weight, "full_tensor")
+        wanted = "whole in forward: fully_shard this module or one around it, not lm_head alone"
+        expect_that(not sharded, name, "lm_head", wanted, "a DTensor")
+        return self.lm_head.weight, self.lm_head.bias
 
     def _kept(self, labels: Tensor | None, row_weight: Tensor | None) -> tuple[Tensor, ...] | None:
         """Where the unmasked rows stand, or None where nothing can be masked."""
