@@ -42,7 +42,10 @@ LONE_IMPORTERS = {
         "deepfusion/models/",
         "deepfusion/data/corpora.py",
     ),
-    "torch.distributed": ("deepfusion/server/shard.py",),
+    "torch.distributed": (
+        "deepfusion/server/shard.py",
+        "deepfusion_kernels/ops/fused_linear_kl/vocabulary_parallel.py",
+    ),
 }
 FORBIDDEN_NAMES = {"utils", "common", "misc", "helpers", "v2"}
 
