@@ -131,7 +131,8 @@ class _Sharded(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, drows_T: Tensor) -> tuple[Tensor | None, ...]:
         statistics, *tensors = ctx.saved_tensors
-        problem, wants = Problem(*tensors, *ctx.rest), Wants(*ctx.needs_input_grad[:2], False)
+        problem = Problem(*tensors, *ctx.rest)
+        wants = Wants(ctx.needs_input_grad[0], ctx.needs_input_grad[1], False)
         found: Gradients = native_impl.backward(
             problem, drows_T, statistics, wants, ctx.first_column
         )
