@@ -128,8 +128,8 @@ def peak_bytes(arguments: dict[str, Any], backend: str | None) -> int:
 @pytest.mark.parametrize("V,D", [(2048, 192), (16000, 64)])
 def test_extra_memory_is_a_tenth_of_eager(V: int, D: int, backend: str) -> None:
     """Beside the gradients that both return."""
-    if backend == "reference":
-        pytest.skip("the reference holds its logits whole")
+    if backend != "cpu":
+        pytest.skip("memory is counted for the cpu backend; the reference holds its logits whole")
     names = (f"{side}_{part}" for side in ("student", "teacher") for part in ("hidden", "weight"))
     arguments = {name: torch.randn(1024 if name.endswith("hidden") else V, D) for name in names}
     gradients = 4 * (1024 + V) * D
