@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -42,12 +43,15 @@ class CMakeBuild(build_ext):
         if find_compiler() is None:
             print("deepfusion: no C++ compiler found: pure Python (reference and Triton)")
             return
+        # the cmake and ninja of an environment that was not activated
+        os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
         folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         target = Path(self.get_ext_fullpath("deepfusion_kernels._C")).parent.resolve()
         configure = ["cmake", f"-S{ROOT}", f"-B{folder}", "-GNinja", "-DCMAKE_BUILD_TYPE=Release"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_INSTALL_PREFIX={target}"]
         # the folder may remember the ninja of an isolated build whose environment is gone
-        configure += [f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"]
+        if ninja := shutil.which("ninja"):
+            configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         subprocess.check_call(configure + shlex.split(os.environ.get("CMAKE_ARGS", "")))
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
         subprocess.check_call(["cmake", "--build", str(folder), "-j", jobs])
