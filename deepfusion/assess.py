@@ -135,17 +135,18 @@ def _entries(
         return model
 
     entries = [Entry("base", "base", lambda: library.saved("base"))]
-    entries += [Entry(one.device, "device", partial(device, one)) for one in updates]
-    entries += [
-        Entry(
-            f"proxy {one.index}",
-            "proxy",
-            partial(library.of_state, one.architecture, one.proxy),
-            # the mean of one device is that device
-            same_as=one.members[0] if len(one.members) == 1 else "",
-        )
-        for one in clusters
-    ]
+    if not here.config.devices.tokenizer:
+        entries += [Entry(one.device, "device", partial(device, one)) for one in updates]
+        entries += [
+            Entry(
+                f"proxy {one.index}",
+                "proxy",
+                partial(library.of_state, one.architecture, one.proxy),
+                # the mean of one device is that device
+                same_as=one.members[0] if len(one.members) == 1 else "",
+            )
+            for one in clusters
+        ]
     if here.config.run.recipe != "direct":
         entries += [
             Entry(f"M {one.index}", "student", partial(_student, here, library, one.index))
@@ -197,6 +198,11 @@ def _not_checked(here: Run, text: Text) -> list[str]:
         said.append("The centralised twin was switched off.")
     if not text.facts:
         said.append("Fact recall needs the made text, whose facts are known.")
+    if config.devices.tokenizer:
+        said.append(
+            "Devices and proxies have a tokenizer of their own: perplexities do not compare across "
+            "tokenizers, and theirs are left out."
+        )
     unchecked = here.read("uploads.json")["norms_unchecked"]
     if unchecked:
         said.append(

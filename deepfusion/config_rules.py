@@ -21,6 +21,7 @@ def contradictions(config: Config) -> Iterator[str]:
     yield from _devices(config)
     yield from _text(config)
     yield from _distillation(config)
+    yield from _bridge(config)
     yield from _mixture(config)
 
 
@@ -80,6 +81,35 @@ def _distillation(config: Config) -> Iterator[str]:
         yield (
             f"distill.vaa_dim must be a multiple of distill.vaa_heads = {distill.vaa_heads}, "
             f"got {distill.vaa_dim}"
+        )
+
+
+def _bridge(config: Config) -> Iterator[str]:
+    distill, path = config.distill, config.devices.tokenizer
+    kind = distill.tokenizer_bridge
+    if (kind == "shared") != (path == ""):
+        yield (
+            "distill.tokenizer_bridge must be 'shared' where devices.tokenizer is empty, and a "
+            f"bridge where it is not, got {kind!r} and {path!r}"
+        )
+    if path and not Path(path).is_dir():
+        yield f"devices.tokenizer must be a folder, got {path!r}"
+    if kind == "shared":
+        return
+    # only phase II knows the bridge: elsewhere a proxy would be given ids it never learnt
+    if config.run.recipe == "direct":
+        yield f"run.recipe must be 'paper' or 'recommended' with a bridge, got {kind!r}"
+    if config.tune.teacher_weight:
+        yield f"tune.teacher_weight must be 0 with a bridge, got {config.tune.teacher_weight}"
+    if config.controls.dense:
+        yield "controls.dense must be false with a bridge, got true"
+    if distill.nearness != "embedding":
+        yield f"distill.nearness must be 'embedding' with a bridge, got {distill.nearness!r}"
+    features = distill.feature_loss if distill.alpha else "none"
+    if features != "none" and (features != "vaa" or distill.patchify != "pool"):
+        yield (
+            "distill.feature_loss must be 'none', or 'vaa' with distill.patchify = 'pool', with a "
+            f"bridge, got {features!r} with {distill.patchify!r}"
         )
 
 

@@ -92,6 +92,7 @@ class DevicesConfig(TrainingConfig):
     architectures: tuple[str, ...] = key(
         ("gpt2", "llama", "qwen2"), "by turns: names, or paths of a config.json", some=True
     )
+    tokenizer: str = key("", "path of the devices' own tokenizer; empty: the server's")
     init_steps: int = key(100, "public-text steps of each architecture's common start", least=0)
     optimizer: str = key("muon", "muon: matrices by Muon, rest by AdamW", options=OPTIMIZERS)
 
@@ -164,7 +165,11 @@ class DistillConfig(TrainingConfig):
         "which proxy knows a public text: by embeddings, or by how well it predicts it",
         options=("embedding", "fit"),
     )
-    tokenizer_bridge: str = key("shared", "teacher's ids are the student's", options=("shared",))
+    tokenizer_bridge: str = key(
+        "shared",
+        "L_KL to a proxy whose ids are the student's, or across devices.tokenizer",
+        options=("shared", "mapped", "uld", "alm"),
+    )
     feature_loss: str = key(
         "vaa", "attention over views, a linear map, or no L_FM", options=("vaa", "linear", "none")
     )

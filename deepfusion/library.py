@@ -12,6 +12,7 @@ from .data.batches import Packed
 from .data.corpora import fingerprint
 from .models import build
 from .seeding import generator
+from .server.bridge import Bridge
 from .server.merge import mean_of, merge
 from .server.router_init import RouterText
 from .stages import Run
@@ -22,10 +23,12 @@ class Library:
 
     MOE: ClassVar[str] = "global_moe"
 
-    def __init__(self, here: Run, tokenizer: Any) -> None:
+    def __init__(self, here: Run, tokenizer: Any, device_tokenizer: Any) -> None:
         self.here = here
         self.tokenizer = tokenizer
-        self.fingerprint = fingerprint(tokenizer)
+        self.device_tokenizer = device_tokenizer
+        self._bridge: Bridge | None = None
+        self.fingerprint = fingerprint(device_tokenizer)
 
     @staticmethod
     def student(index: int) -> str:
@@ -34,24 +37,41 @@ class Library:
 
     def fresh(self, name_or_path: str, *seeds: str | int) -> Any:
         """A model of an architecture with first weights of its own."""
-        config = self.here.config
-        return build.build(
-            name_or_path,
-            len(self.tokenizer),
-            generator(config.run.seed, "weights", *seeds),
-            config.data.context_length,
-            self.tokenizer.eos_token_id,
-        ).to(config.run.device)
+        return self._built(name_or_path, self.tokenizer, *seeds)
 
     def saved(self, folder: str) -> Any:
         """A model the run has saved as a folder: base, merged, global_moe."""
         return self.fresh(str(self.here.folder / folder))
 
     def of_state(self, name_or_path: str, state: Mapping[str, Tensor]) -> Any:
-        """A model of an architecture that holds a state."""
-        model = self.fresh(name_or_path)
+        """A device's model, or a proxy: an architecture that holds a state."""
+        model = self._built(name_or_path, self.device_tokenizer)
         build.load_state(model, state)
         return model
+
+    def _built(self, name_or_path: str, tokenizer: Any, *seeds: str | int) -> Any:
+        config = self.here.config
+        return build.build(
+            name_or_path,
+            len(tokenizer),
+            generator(config.run.seed, "weights", *seeds),
+            config.data.context_length,
+            tokenizer.eos_token_id,
+        ).to(config.run.device)
+
+    def bridge(self, sequences: Packed) -> Bridge | None:
+        """What compares base and proxies of another tokenizer, once all sequences are aligned."""
+        config = self.here.config
+        if config.distill.tokenizer_bridge != "shared" and self._bridge is None:
+            self._bridge = Bridge(
+                self.tokenizer,
+                self.device_tokenizer,
+                config.distill,
+                config.run.kernels,
+                len(sequences),
+            )
+            self._bridge.check(sequences.ids)
+        return self._bridge
 
     def dense(self, state: Mapping[str, Tensor]) -> Any:
         """The base's architecture with another state."""

@@ -49,9 +49,9 @@ def run(config: Config, gather: Gather = in_process) -> Path:
     torch.set_num_threads(config.run.threads or torch.get_num_threads())
     here = Run(config, Path(config.run.output))
     text = prepare(config, here.folder / "tokenizer")
-    library = Library(here, text.tokenizer)
+    library = Library(here, text.tokenizer, text.device_tokenizer)
     _base(here, text, library)
-    encode, expected = _starts(here, text, library)
+    encode, expected = _starts(here, text.for_devices(), library)
     collect(here, text, expected, gather)
     updates = good_updates(here, expected)
     clusters = _clusters(here, text, expected, updates)
@@ -194,6 +194,7 @@ def _distill(
                 recorder=here.recorder,
                 checkpoint=here.checkpoint(name, config.distill.checkpoint_steps),
                 kernels=config.run.kernels,
+                bridge=library.bridge(text.sequences),
             )
             save_state(here.folder / library.student(one.index), build.state_of(student))
 

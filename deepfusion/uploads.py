@@ -32,7 +32,7 @@ def _jobs(here: Run, text: Text) -> list[DeviceJob]:
                 architecture=names[turn],
                 documents=documents,
                 start=starts / f"{turn}.safetensors",
-                tokenizer=here.folder / "tokenizer",
+                tokenizer=Path(config.devices.tokenizer or here.folder / "tokenizer"),
                 config=config,
                 run_folder=here.folder,
                 idf=starts / "idf.safetensors" if config.embedding.idf == "public" else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from .partition import partition, split_public
 class Text:
     """public: the server's documents, packed in `sequences`; shards: those of every device.
 
+    device_tokenizer, device_sequences: the devices' own; where they have none, the server's.
     evaluation: the chosen split of every domain, packed; facts: those that devices' text states.
     """
 
@@ -30,6 +31,12 @@ class Text:
     sequences: Packed
     evaluation: dict[str, Packed]
     facts: list[Fact]
+    device_tokenizer: Any
+    device_sequences: Packed
+
+    def for_devices(self) -> Text:
+        """The same text with the devices' tokenizer and the public sequences cut by it."""
+        return replace(self, tokenizer=self.device_tokenizer, sequences=self.device_sequences)
 
     def label(self, device: int) -> str:
         """The domain/coarse topic most of a device's documents have; the server never sees it."""
@@ -50,6 +57,11 @@ def prepare(config: Config, tokenizer_folder: Path) -> Text:
     by_domain = corpora.load(config.data, seed)
     public, private = split_public(by_domain, config.data, seed)
     tokenizer = _tokenizer(config, public, tokenizer_folder)
+    sequences = pack(public, tokenizer, length, seed)
+    device_tokenizer, device_sequences = tokenizer, sequences
+    if config.devices.tokenizer:
+        device_tokenizer = corpora.load_tokenizer(config.devices.tokenizer)
+        device_sequences = pack(public, device_tokenizer, length, seed)
     evaluation = {
         domain: pack(getattr(corpus, config.evaluate.split), tokenizer, length, seed)
         for domain, corpus in by_domain.items()
@@ -58,9 +70,11 @@ def prepare(config: Config, tokenizer_folder: Path) -> Text:
         tokenizer=tokenizer,
         public=public,
         shards=partition(private, config.federation.num_devices, config.data, seed),
-        sequences=pack(public, tokenizer, length, seed),
+        sequences=sequences,
         evaluation=evaluation,
         facts=held_by(corpora.facts(config.data, seed), private),
+        device_tokenizer=device_tokenizer,
+        device_sequences=device_sequences,
     )
 
 

@@ -1,6 +1,7 @@
 """Phase II: one cluster's proxy teaches one copy of the dense base.
 
 L = L_CE + alpha L_FM + beta tau^2 KL(P^proxy || P^student)        on public text
+    (across tokenizers the KL is what the bridge says)
 text: every sequence alike, or half of it by affinity to the cluster
 """
 
@@ -14,6 +15,7 @@ from ..config_tables import DistillConfig
 from ..data.batches import Packed
 from ..metrics import Recorder
 from .affinity import sampling_weights
+from .bridge import Bridge
 from .lessons import Lessons, teach
 from .teaching import Teaching
 from .views import make_views
@@ -31,13 +33,15 @@ def distill(
     recorder: Recorder,
     checkpoint: StepCheckpoint | None = None,
     kernels: str = "auto",
+    bridge: Bridge | None = None,
 ) -> nn.Module:
     """Trains `base` in place towards `proxy` on public sequences and returns it; the proxy is
     frozen.
 
-    affinity_S [S] is each sequence's cosine with the cluster; needed by distill.sampling =
-    'affinity'. Every cluster of one seed sees the same uniform stream. Raises ValueError where
-    proxy and base cannot be compared, or the affinity is missing. Source: paper, equations 5 to 11.
+    bridge: for a proxy of another tokenizer. affinity_S [S] is each sequence's cosine with the
+    cluster; needed by distill.sampling = 'affinity'. Every cluster of one seed sees the same
+    uniform stream. Raises ValueError where proxy and base cannot be compared, or the affinity is
+    missing. Source: paper, equations 5 to 11.
     """
     weights_S = None
     if config.sampling == "affinity":
@@ -58,6 +62,7 @@ def distill(
         num_stages=config.num_stages,
         student_norm=config.student_norm,
         kernels=kernels,
+        bridge=bridge,
     )
     lessons = Lessons(sequences, torch.zeros(len(sequences), dtype=torch.int64), weights_S)
     teach(

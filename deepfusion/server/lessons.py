@@ -135,8 +135,8 @@ def _warm_views(
     def loss_of(rows_B: Tensor, step: int) -> dict[str, Tensor]:
         teacher_B = lessons.teacher[rows_B]
         losses = [
-            teaching.feature_loss(owner, *stages) * ((teacher_B == owner).sum() / len(rows_B))
-            for owner, *stages in teaching.features(ids_SL[rows_B], teacher_B)
+            teaching.feature_loss(*one) * ((teacher_B == one[0]).sum() / len(rows_B))
+            for one in teaching.features(ids_SL[rows_B], teacher_B)
         ]
         return {"loss": torch.stack(losses).sum()}
 

@@ -8,8 +8,9 @@ A sequence has one teacher or none. Without a teacher at all, L is plain cross e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from deepfusion_kernels.nn import StageCollector
 from ..models import build
 from ..training import cross_entropy
 
+if TYPE_CHECKING:
+    from .bridge import Bridge
+
 # how often L is recorded by term: one more pass over the vocabulary, without gradient
 TERMS_EVERY = 10
 IGNORED = -100
@@ -28,7 +32,10 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Teaching:
-    """A student, its teachers, and how much each term counts; views[i] belongs to teachers[i]."""
+    """A student, its teachers, and how much each term counts; views[i] belongs to teachers[i].
+
+    bridge: for teachers of another tokenizer; the KL is then a mean over what can be compared.
+    """
 
     student: nn.Module
     teachers: Sequence[nn.Module] = ()
@@ -39,6 +46,7 @@ class Teaching:
     num_stages: int = 4
     student_norm: bool = False
     kernels: str = "auto"
+    bridge: Bridge | None = None
 
     def __post_init__(self) -> None:
         for teacher in self.teachers:
@@ -90,13 +98,17 @@ class Teaching:
         return hidden_BLD
 
     def feature_loss(
-        self, owner: int, student_stages: Sequence[Tensor], teacher_stages: Sequence[Tensor]
+        self,
+        owner: int,
+        student_stages: Sequence[Tensor],
+        teacher_stages: Sequence[Tensor],
+        patches: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """L_FM of the sequences that one teacher teaches."""
+        """L_FM of the sequences that one teacher teaches; patches: tables of a bridge."""
         if self.student_norm:
             student_stages = [F.layer_norm(stage, stage.shape[-1:]) for stage in student_stages]
         loss: Tensor = self.views[owner](
-            student_stages, teacher_stages, backend=backend_of(self.kernels)
+            student_stages, teacher_stages, backend=backend_of(self.kernels), **(patches or {})
         )
         return loss
 
@@ -108,12 +120,37 @@ class Teaching:
         if owner < 0:
             return self._token_sum(ids_BL, hidden_BLD), nothing
         teacher = self.teachers[owner]
+        if self.bridge is not None:
+            return self._bridged(self.bridge, owner, ids_BL, hidden_BLD, student_stages)
         with torch.no_grad():
             teacher_hidden_BLD, teacher_stages = self._run(teacher, ids_BL)
         token_sum = self._token_sum(ids_BL, hidden_BLD, teacher, teacher_hidden_BLD)
         if not self.stages:
             return token_sum, nothing
         return token_sum, self.feature_loss(owner, student_stages, teacher_stages)
+
+    def _bridged(
+        self,
+        bridge: Bridge,
+        owner: int,
+        ids_BL: Tensor,
+        hidden_BLD: Tensor,
+        student_stages: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """`_part` where the teacher reads the same text by other ids."""
+        teacher, batch = self.teachers[owner], bridge.batch(ids_BL)
+        with torch.no_grad():
+            teacher_hidden_BLD, teacher_stages = self._run(teacher, batch.teacher_ids)
+        token_sum = self._token_sum(ids_BL, hidden_BLD)
+        if self.beta > 0:
+            hidden = hidden_BLD, teacher_hidden_BLD
+            heads = build.head_weight(self.student), build.head_weight(teacher)
+            mean = bridge.divergence(batch, hidden, heads)
+            token_sum = token_sum + self.beta * ids_BL[:, 1:].numel() * mean
+        if not self.stages:
+            return token_sum, torch.zeros_like(token_sum)
+        patches = bridge.patches(batch)
+        return token_sum, self.feature_loss(owner, student_stages, teacher_stages, patches)
 
     def _token_sum(
         self,
@@ -156,14 +193,19 @@ class Teaching:
     @torch.no_grad()
     def features(
         self, ids_BL: Tensor, teacher_B: Tensor
-    ) -> list[tuple[int, list[Tensor], list[Tensor]]]:
-        """(teacher, student's stages, its own stages) of the taught sequences, without gradient."""
+    ) -> list[tuple[int, list[Tensor], list[Tensor], Mapping[str, Tensor]]]:
+        """(teacher, student's stages, its own, tables of a bridge) of the taught sequences, without
+        gradient."""
         found = []
         for owner in torch.unique(teacher_B[teacher_B >= 0]).tolist():
             ids_bL = ids_BL[teacher_B == owner]
             student_stages = self._run(self.student, ids_bL)[1]
+            patches: Mapping[str, Tensor] = {}
+            if self.bridge is not None:
+                batch = self.bridge.batch(ids_bL)
+                ids_bL, patches = batch.teacher_ids, self.bridge.patches(batch)
             teacher_stages = self._run(self.teachers[owner], ids_bL)[1]
-            found.append((owner, student_stages, teacher_stages))
+            found.append((owner, student_stages, teacher_stages, patches))
         return found
 
 
