@@ -5,12 +5,12 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
   // kl_distillation
   m.def(
       "kl_distillation_forward(Tensor student, Tensor? teacher, Tensor? labels, Tensor? keep, "
-      "int divergence, float beta, float temperature, float kd_scale, float ce_weight) "
-      "-> (Tensor loss, Tensor stats)");
+      "int divergence, float beta, float temperature, float kd_scale, float ce_weight, "
+      "float softcap) -> (Tensor loss, Tensor stats)");
   m.def(
       "kl_distillation_backward(Tensor dloss, Tensor student, Tensor? teacher, Tensor? labels, "
       "Tensor? keep, Tensor stats, int divergence, float beta, float temperature, float kd_scale, "
-      "float ce_weight, bool needs_dstudent, bool needs_dteacher) "
+      "float ce_weight, float softcap, bool needs_dstudent, bool needs_dteacher) "
       "-> (Tensor dstudent, Tensor dteacher)");
 
   // fused_linear_kl
@@ -53,6 +53,8 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
       "Tensor scale, int tail, int divergence, float beta, float temperature, float kd_weight, "
       "float ce_weight, "
       "float floor) -> Tensor");
+
+  m.def("topk_logprobs(Tensor logits, int k, float temperature) -> (Tensor, Tensor)");
 
   // moe_routing
   m.def(

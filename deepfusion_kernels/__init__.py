@@ -24,6 +24,7 @@ from .ops.moe_routing.op import moe_route as moe_route
 from .ops.orthogonalise.op import orthogonalise as orthogonalise
 from .ops.shared.moe_plan import DispatchPlan as DispatchPlan
 from .ops.topk_kl.op import topk_kl_distillation as topk_kl_distillation
+from .ops.topk_kl.op import topk_logprobs as topk_logprobs
 from .ops.view_aligned_attention.op import multi_stage_attention as multi_stage_attention
 
 __version__ = "0.1.0"

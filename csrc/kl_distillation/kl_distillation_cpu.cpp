@@ -2,6 +2,7 @@
 #include "common/checks.h"
 #include "common/kl_row.h"
 #include "common/logit_rows.h"
+#include "kl_distillation/soft_cap.h"
 
 #include <optional>
 #include <tuple>
@@ -13,7 +14,7 @@ using MaybeTensor = std::optional<Tensor>;
 
 struct Options {
   Divergence divergence;
-  double beta, temperature, kd_scale, ce_weight;
+  double beta, temperature, kd_scale, ce_weight, softcap;
 };
 
 // What both directions know of the call.
@@ -69,9 +70,24 @@ RowOptions<W> row_options(const Call& call) {
   return row;
 }
 
+// One side of a row, capped where the call asks for it.
 template <typename W>
-LogitRow<W> row_of(const LogitRows& rows, int64_t t) {
-  return {rows.row(t), rows.dtype};
+struct Side {
+  LogitRow<W> row;
+  W cap;
+
+  const W* operator()(int64_t begin, int64_t count, W* buffer) const {
+    const W* x = row(begin, count, buffer);
+    if (cap == W(0)) return x;
+#pragma omp simd
+    for (int64_t v = 0; v < count; ++v) buffer[v] = soft_capped(x[v], cap);
+    return buffer;
+  }
+};
+
+template <typename W>
+Side<W> row_of(const Call& call, const LogitRows& rows, int64_t t) {
+  return {{rows.row(t), rows.dtype}, static_cast<W>(call.options.softcap)};
 }
 
 template <typename W>
@@ -81,7 +97,7 @@ GradientRow<W> gradient_row_of(const LogitRows& rows, int64_t t) {
 
 // CE of one row from its statistics; +inf where the label's own logit is missing.
 template <typename W>
-double cross_entropy(const LogitRow<W>& student, int64_t label, const RowStats<W>& stats) {
+double cross_entropy(const Side<W>& student, int64_t label, const RowStats<W>& stats) {
   W buffer[1];
   const double at_label = *student(label, 1, buffer);
   const double ln_l = stats.ln_l_1;
@@ -97,8 +113,8 @@ void forward_rows(const Call& call, W* loss, RowStats<W>* saved) {
     loss[t] = W(0);
     saved[t] = {};
     if (!call.kept(t)) return;
-    const LogitRow<W> student = row_of<W>(call.student, t);
-    const RowResult<W> row = row_statistics(student, row_of<W>(call.teacher, t), options);
+    const Side<W> student = row_of<W>(call, call.student, t);
+    const RowResult<W> row = row_statistics(student, row_of<W>(call, call.teacher, t), options);
     saved[t] = row.stats;
     double total = options.with_kd ? kd_scale * row.kd : 0.0;
     if (options.with_ce) total += ce_weight * cross_entropy(student, call.labels[t], row.stats);
@@ -109,9 +125,9 @@ void forward_rows(const Call& call, W* loss, RowStats<W>* saved) {
 std::tuple<Tensor, Tensor> forward_cpu(const Tensor& student, const MaybeTensor& teacher,
                                        const MaybeTensor& labels, const MaybeTensor& keep,
                                        int64_t divergence, double beta, double temperature,
-                                       double kd_scale, double ce_weight) {
-  const Options options{static_cast<Divergence>(divergence), beta, temperature, kd_scale,
-                        ce_weight};
+                                       double kd_scale, double ce_weight, double softcap) {
+  const Options options{
+      static_cast<Divergence>(divergence), beta, temperature, kd_scale, ce_weight, softcap};
   const Call call = describe(student, teacher, labels, keep, options);
   const ScalarType wide = call.is_double ? ScalarType::Double : ScalarType::Float;
   Tensor loss = torch::stable::new_empty(student, {call.T}, wide);
@@ -125,12 +141,20 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& student, const MaybeTensor&
   return {loss, stats};
 }
 
+// The gradient of raw logits from that of capped ones.
+template <typename W>
+void through_cap(const W* capped, int64_t count, W cap, W* gradient) {
+  if (!gradient || !capped || cap == W(0)) return;
+#pragma omp simd
+  for (int64_t v = 0; v < count; ++v) gradient[v] *= soft_cap_slope(capped[v], cap);
+}
+
 // Columns [begin, end) of one row's gradients, in blocks.
 template <typename W>
-void gradient_columns(int64_t begin, int64_t end, const LogitRow<W>& student,
-                      const LogitRow<W>& teacher, const RowStats<W>& stats,
-                      const RowOptions<W>& options, const RowScales<W>& scales,
-                      const GradientRow<W>& dstudent, const GradientRow<W>& dteacher) {
+void gradient_columns(int64_t begin, int64_t end, const Side<W>& student, const Side<W>& teacher,
+                      const RowStats<W>& stats, const RowOptions<W>& options,
+                      const RowScales<W>& scales, const GradientRow<W>& dstudent,
+                      const GradientRow<W>& dteacher) {
   alignas(64) W s_buffer[kBlock], t_buffer[kBlock], ds_buffer[kBlock], dt_buffer[kBlock];
   for (; begin < end; begin += kBlock) {
     const int64_t count = std::min(kBlock, end - begin);
@@ -140,6 +164,8 @@ void gradient_columns(int64_t begin, int64_t end, const LogitRow<W>& student,
     W* ds = dstudent.place(begin, ds_buffer);
     W* dt = dteacher.place(begin, dt_buffer);
     gradient_block(s, t, begin, count, stats, options, scales, ds, dt);
+    through_cap(s, count, student.cap, ds);
+    through_cap(t, count, teacher.cap, dt);
     dstudent.store(begin, count, ds);
     dteacher.store(begin, count, dt);
   }
@@ -158,7 +184,7 @@ void backward_rows(const Call& call, const W* dloss, const RowStats<W>* saved,
       if (dt.data) std::memset(dt.data, 0, dteacher.V * bytes_of(dt.dtype));
       return;
     }
-    const LogitRow<W> s = row_of<W>(call.student, t), u = row_of<W>(call.teacher, t);
+    const Side<W> s = row_of<W>(call, call.student, t), u = row_of<W>(call, call.teacher, t);
     const RowScales<W> scales{dloss[t] * kd, dloss[t] * ce, call.labels ? call.labels[t] : -1};
     const GradientRow<W> none;
     const int64_t shared = options.kd_columns;
@@ -172,10 +198,10 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& dloss, const Tensor& stude
                                         const MaybeTensor& teacher, const MaybeTensor& labels,
                                         const MaybeTensor& keep, const Tensor& stats,
                                         int64_t divergence, double beta, double temperature,
-                                        double kd_scale, double ce_weight, bool needs_dstudent,
-                                        bool needs_dteacher) {
-  const Options options{static_cast<Divergence>(divergence), beta, temperature, kd_scale,
-                        ce_weight};
+                                        double kd_scale, double ce_weight, double softcap,
+                                        bool needs_dstudent, bool needs_dteacher) {
+  const Options options{
+      static_cast<Divergence>(divergence), beta, temperature, kd_scale, ce_weight, softcap};
   const Call call = describe(student, teacher, labels, keep, options);
   const Tensor& like = teacher ? *teacher : student;
   const auto empty_like_rows = [](const Tensor& rows, bool wanted) {

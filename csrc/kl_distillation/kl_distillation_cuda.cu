@@ -4,6 +4,7 @@
 #include "common/kl_row.cuh"
 #include "common/logit_rows.cuh"
 #include "common/torch_cuda.h"
+#include "kl_distillation/soft_cap.h"
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -29,8 +30,18 @@ struct Call {
   const int64_t* labels = nullptr;
   const bool* keep = nullptr;
   int32_t shared = 0;  // columns of the divergence
-  float beta = 0, inv_tau = 1, kd_scale = 0, ce_weight = 0;
+  float beta = 0, inv_tau = 1, kd_scale = 0, ce_weight = 0, softcap = 0;
 };
+
+// Eight columns of one side, capped where the call asks for it.
+__device__ __forceinline__ void load_capped(const void* row, int32_t first, int32_t end,
+                                            const Side& side, bool aligned, float cap,
+                                            float (&out)[kLane]) {
+  load_columns(row, first, end, side.kind, aligned, out);
+  if (cap == 0.0f) return;
+#pragma unroll
+  for (int i = 0; i < kLane; ++i) out[i] = soft_capped(out[i], cap);
+}
 
 // Second sweep of jsd: K_s = KL(q | m), K_t = KL(p | m) from the final statistics.
 __device__ void jsd_sums(const Call& call, const void* student, const void* teacher, bool s_aligned,
@@ -39,8 +50,8 @@ __device__ void jsd_sums(const Call& call, const void* student, const void* teac
   float k_s = 0.0f, k_t = 0.0f;
   for (int32_t first = threadIdx.x * kLane; first < call.shared; first += kStep) {
     float s[kLane], t[kLane];
-    load_columns(student, first, call.shared, call.student.kind, s_aligned, s);
-    load_columns(teacher, first, call.shared, call.teacher.kind, t_aligned, t);
+    load_capped(student, first, call.shared, call.student, s_aligned, call.softcap, s);
+    load_capped(teacher, first, call.shared, call.teacher, t_aligned, call.softcap, t);
 #pragma unroll
     for (int i = 0; i < kLane; ++i) {
       const float ln_q = log_prob(s[i], stats.m_s, stats.ln_l_s, call.inv_tau);
@@ -56,9 +67,9 @@ __device__ void jsd_sums(const Call& call, const void* student, const void* teac
 
 // NaN for a label outside the row, +inf where the label's own logit is missing.
 __device__ float cross_entropy(const void* row, int64_t label, const Side& student,
-                               const RowStats<float>& stats) {
+                               const RowStats<float>& stats, float cap) {
   if (label < 0 || label >= student.V) return NAN;
-  const float at_label = load1(row, label, student.kind);
+  const float at_label = soft_capped(load1(row, label, student.kind), cap);
   const float ln_z = stats.m_1 + stats.ln_l_1;
   return at_label <= kMissing ? ln_z + INFINITY : ln_z - at_label;
 }
@@ -79,14 +90,14 @@ __global__ void __launch_bounds__(kThreads)
   ExpSum<float> at_one;
   for (int32_t first = threadIdx.x * kLane; first < call.shared; first += kStep) {
     float s[kLane], t[kLane];
-    load_columns(student, first, call.shared, call.student.kind, s_aligned, s);
-    load_columns(teacher, first, call.shared, call.teacher.kind, t_aligned, t);
+    load_capped(student, first, call.shared, call.student, s_aligned, call.softcap, s);
+    load_capped(teacher, first, call.shared, call.teacher, t_aligned, call.softcap, t);
     pair = merge(pair, state8(s, t, call.inv_tau), call.inv_tau);
   }
   if (own_sum) {
     for (int32_t first = threadIdx.x * kLane; first < call.student.V; first += kStep) {
       float s[kLane];
-      load_columns(student, first, call.student.V, call.student.kind, s_aligned, s);
+      load_capped(student, first, call.student.V, call.student, s_aligned, call.softcap, s);
       at_one = merge(at_one, exp_sum8(s, max8(s), 1.0f), 1.0f);
     }
   }
@@ -104,7 +115,8 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (threadIdx.x != 0) return;
   if (call.labels)
-    total += call.ce_weight * cross_entropy(student, call.labels[row], call.student, stats);
+    total += call.ce_weight *
+             cross_entropy(student, call.labels[row], call.student, stats, call.softcap);
   loss[row] = total;
   saved[row] = stats;
 }
@@ -130,8 +142,8 @@ __global__ void __launch_bounds__(kThreads)
     float ds[kLane] = {}, dt[kLane] = {};
     if (kept) {
       float s[kLane], t[kLane];
-      load_columns(student, first, call.student.V, call.student.kind, s_aligned, s);
-      load_columns(teacher, first, call.shared, call.teacher.kind, t_aligned, t);
+      load_capped(student, first, call.student.V, call.student, s_aligned, call.softcap, s);
+      load_capped(teacher, first, call.shared, call.teacher, t_aligned, call.softcap, t);
 #pragma unroll
       for (int i = 0; i < kLane; ++i) {
         if (first + i < call.shared) {
@@ -145,6 +157,10 @@ __global__ void __launch_bounds__(kThreads)
         if (call.labels) {
           ds[i] += hit * (exp_nonpositive(log_prob(s[i], stats.m_1, stats.ln_l_1, 1.0f)) -
                           (first + i == label));
+        }
+        if (call.softcap != 0.0f) {
+          ds[i] *= soft_cap_slope(s[i], call.softcap);
+          dt[i] *= soft_cap_slope(t[i], call.softcap);
         }
       }
     }
@@ -172,7 +188,7 @@ Side describe(const Tensor& logits, bool written) {
 
 Call describe(const Tensor& student, const MaybeTensor& teacher, const MaybeTensor& labels,
               const MaybeTensor& keep, double beta, double temperature, double kd_scale,
-              double ce_weight) {
+              double ce_weight, double softcap) {
   Call call;
   call.student = describe(student, false);
   if (teacher) call.teacher = describe(*teacher, false);
@@ -183,6 +199,7 @@ Call describe(const Tensor& student, const MaybeTensor& teacher, const MaybeTens
   call.inv_tau = static_cast<float>(1 / temperature);
   call.kd_scale = static_cast<float>(kd_scale);
   call.ce_weight = static_cast<float>(ce_weight);
+  call.softcap = static_cast<float>(softcap);
   return call;
 }
 
@@ -202,10 +219,10 @@ void with_divergence(int64_t divergence, const Body& body) {
 std::tuple<Tensor, Tensor> forward_cuda(const Tensor& student, const MaybeTensor& teacher,
                                         const MaybeTensor& labels, const MaybeTensor& keep,
                                         int64_t divergence, double beta, double temperature,
-                                        double kd_scale, double ce_weight) {
+                                        double kd_scale, double ce_weight, double softcap) {
   torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
   const Call call =
-      describe(student, teacher, labels, keep, beta, temperature, kd_scale, ce_weight);
+      describe(student, teacher, labels, keep, beta, temperature, kd_scale, ce_weight, softcap);
   const int64_t T = student.size(0) * student.size(1);
   Tensor loss = torch::stable::new_empty(student, {T}, ScalarType::Float);
   Tensor stats = torch::stable::new_empty(student, {T, kNumStats}, ScalarType::Float);
@@ -224,11 +241,11 @@ std::tuple<Tensor, Tensor> backward_cuda(const Tensor& dloss, const Tensor& stud
                                          const MaybeTensor& teacher, const MaybeTensor& labels,
                                          const MaybeTensor& keep, const Tensor& stats,
                                          int64_t divergence, double beta, double temperature,
-                                         double kd_scale, double ce_weight, bool needs_dstudent,
-                                         bool needs_dteacher) {
+                                         double kd_scale, double ce_weight, double softcap,
+                                         bool needs_dstudent, bool needs_dteacher) {
   torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
   const Call call =
-      describe(student, teacher, labels, keep, beta, temperature, kd_scale, ce_weight);
+      describe(student, teacher, labels, keep, beta, temperature, kd_scale, ce_weight, softcap);
   const Tensor& like = teacher ? *teacher : student;
   const auto empty_rows = [](const Tensor& rows, bool wanted) {
     if (!wanted) return torch::stable::new_empty(rows, {0});

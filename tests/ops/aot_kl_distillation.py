@@ -1,14 +1,14 @@
 """kl_distillation's Triton kernels as they are launched, from the plainest to the fullest."""
 
-from deepfusion_kernels.ops.kl_distillation import triton_impl
+from deepfusion_kernels.ops.kl_distillation import triton_impl, triton_rows
 from tests.aot import Shipped, Types
 
 BF16_ROWS = ("*bf16:16", "i32", "i64:16", "i64:16")
 FP32_ROWS = ("*fp32:16", "i32", "i64", "i64")
-SCALARS = ("fp32", "fp32", "fp32", "fp32")
+SCALARS = ("fp32", "fp32", "fp32", "fp32", "fp32")
 
 
-def _forward(name: str, rows: Types, divergence: int, full: bool) -> Shipped:
+def _forward(name: str, rows: Types, divergence: int, full: bool, capped: bool = False) -> Shipped:
     arguments: dict[str, Types] = {
         "student": rows,
         "teacher": rows,
@@ -22,13 +22,14 @@ def _forward(name: str, rows: Types, divergence: int, full: bool) -> Shipped:
     constants = {
         "DIVERGENCE": divergence,
         "OWN_SUM": full,
+        "CAPPED": capped,
         "BLOCK_V": triton_impl.BLOCK_V[divergence],
     }
-    kernel = triton_impl._kl_forward_kernel
+    kernel = triton_rows._kl_forward_kernel
     return Shipped(f"forward-{name}", kernel, arguments, constants, triton_impl.LAUNCH)
 
 
-def _backward(name: str, rows: Types, divergence: int, full: bool) -> Shipped:
+def _backward(name: str, rows: Types, divergence: int, full: bool, capped: bool = False) -> Shipped:
     gradient = rows[0]
     arguments: dict[str, Types] = {
         "dloss_ptr": "*fp32:16",
@@ -41,8 +42,12 @@ def _backward(name: str, rows: Types, divergence: int, full: bool) -> Shipped:
     }
     if full:
         arguments |= {"labels_ptr": "*i64:16", "keep_ptr": "*i1:16", "dteacher_ptr": gradient}
-    constants = {"DIVERGENCE": divergence, "BLOCK_V": triton_impl.BLOCK_V[divergence]}
-    kernel = triton_impl._kl_backward_kernel
+    constants = {
+        "DIVERGENCE": divergence,
+        "CAPPED": capped,
+        "BLOCK_V": triton_impl.BLOCK_V[divergence],
+    }
+    kernel = triton_rows._kl_backward_kernel
     return Shipped(f"backward-{name}", kernel, arguments, constants, triton_impl.LAUNCH)
 
 
@@ -53,4 +58,7 @@ SHIPPED = (
     _backward("forward_kl-bf16", BF16_ROWS, 0, False),
     _backward("reverse_kl-fp32-full", FP32_ROWS, 1, True),
     _backward("jsd-bf16-full", BF16_ROWS, 2, True),
+    _forward("jsd-bf16-full-capped", BF16_ROWS, 2, True, True),
+    _backward("jsd-bf16-full-capped", BF16_ROWS, 2, True, True),
+    _backward("reverse_kl-fp32-full-capped", FP32_ROWS, 1, True, True),
 )

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..shared.kl_options import DIVERGENCES, KLOptions
+from ..shared.kl_options import DIVERGENCES
+from .options import Options
 
 # m_s, ln l_s, m_t, ln l_t, k_s, k_t, m_1, ln l_1: csrc/common/kl_math.h
 SAVED = 8
@@ -23,7 +24,7 @@ def declines(name: str, tensor: Tensor, **facts: Any) -> str | None:
     return None
 
 
-def _native(options: KLOptions) -> tuple[int, float, float, float, float]:
+def _native(options: Options) -> tuple[int, float, float, float, float, float]:
     return (DIVERGENCES.index(options.divergence), *options[1:])
 
 
@@ -32,7 +33,7 @@ def forward(
     teacher: Tensor | None,
     labels: Tensor | None,
     keep: Tensor | None,
-    options: KLOptions,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
     """Row losses [T] and statistics [T, 8] of student [A, B, V_s], teacher [A, B, V_t]."""
     ops = torch.ops.deepfusion_native
@@ -47,7 +48,7 @@ def backward(
     labels: Tensor | None,
     keep: Tensor | None,
     stats: Tensor,
-    options: KLOptions,
+    options: Options,
     needs_dstudent: bool,
     needs_dteacher: bool,
 ) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,13 @@
 x = s / tau, y = t / tau, q = softmax(x), p = softmax(y)
 forward_kl = sum_v p (ln p - ln q)    reverse_kl = sum_v q (ln q - ln p)
 jsd        = beta KL(p | m) + (1 - beta) KL(q | m),  m = beta p + (1 - beta) q
+softcap b: s and t stand for b tanh(s / b) and b tanh(t / b)
 row_t      = kd_weight kappa KD_t + ce_weight CE_t,  CE_t = logsumexp(s_t) - s_t[label_t]
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,7 +20,6 @@ from ...checks import expect, expect_option, expect_that
 from ..shared.kl_options import (
     REDUCTIONS,
     VOCAB_ALIGNS,
-    KLOptions,
     check_rows,
     kl_options,
     reduce_rows,
@@ -26,6 +27,7 @@ from ..shared.kl_options import (
     wide_dtype,
 )
 from . import native_impl, reference, triton_impl
+from .options import Options
 
 OP = "kl_distillation"
 DOORS = ("kl_distillation",)
@@ -46,6 +48,7 @@ def kl_distillation(
     ignore_index: int = -100,
     row_weight: Tensor | None = None,
     vocab_align: str = "error",
+    softcap: float | None = None,
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
@@ -55,7 +58,8 @@ def kl_distillation(
     and reference), last stride 1 or one copy is made. labels [...] int64 or int32 mark masked rows
     and name CE's targets; row_weight [...] >= 0. Returns float32 (float64 for float64): a scalar,
     or [...] for reduction='none'. A teacher that requires a gradient gets it; kd_weight = 0 never
-    reads the teacher. Formulas, gradients and every edge: docs/ops/kl_distillation.md.
+    reads the teacher. softcap b puts b tanh(s / b) in place of both sides' logits. Formulas,
+    gradients and every edge: docs/ops/kl_distillation.md.
 
     Raises ValueError for shapes, dtypes, devices, options and, on the CPU, labels out of range;
     NotImplementedError where the backend asked for cannot serve.
@@ -64,6 +68,8 @@ def kl_distillation(
         OP, divergence, beta, temperature, scale_by_temperature_squared, kd_weight, ce_weight
     )
     expect_option(reduction, OP, "reduction", REDUCTIONS)
+    is_cap = softcap is None or 0.0 < softcap < math.inf
+    expect_that(is_cap, OP, "softcap", "None, or finite and > 0", softcap)
     student = _check_logits(student_logits, "student_logits")
     rows = check_rows(OP, student_logits, labels, row_weight, ignore_index, ce_weight)
     teacher = (
@@ -76,6 +82,7 @@ def kl_distillation(
         rows.labels_T if options.with_ce else None,
         rows.keep_T,
         *options,
+        softcap or 0.0,
         backends.choose(backend, student, IMPLS, dtypes=dtypes),
     )
     return reduce_rows(loss_T, rows, reduction, tuple(student_logits.shape[:-1]))
@@ -118,10 +125,11 @@ def _forward(
     temperature: float,
     kd_scale: float,
     ce_weight: float,
+    softcap: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     refuse_bad_labels(OP, labels, keep, student.shape[-1])
-    options = KLOptions(divergence, beta, temperature, kd_scale, ce_weight)
+    options = Options(divergence, beta, temperature, kd_scale, ce_weight, softcap)
     loss, stats = IMPLS[backend].forward(student, teacher, labels, keep, options)
     return loss, stats
 
@@ -137,6 +145,7 @@ def _(
     temperature: float,
     kd_scale: float,
     ce_weight: float,
+    softcap: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     T = student.shape[0] * student.shape[1]
@@ -158,11 +167,12 @@ def _backward(
     temperature: float,
     kd_scale: float,
     ce_weight: float,
+    softcap: float,
     backend: str,
     needs_dstudent: bool,
     needs_dteacher: bool,
 ) -> tuple[Tensor, Tensor]:
-    options = KLOptions(divergence, beta, temperature, kd_scale, ce_weight)
+    options = Options(divergence, beta, temperature, kd_scale, ce_weight, softcap)
     needs = (needs_dstudent, needs_dteacher)
     rows = (student, teacher, labels, keep, stats)
     dstudent, dteacher = IMPLS[backend].backward(dloss, *rows, options, *needs)
@@ -182,6 +192,7 @@ def _(
     temperature: float,
     kd_scale: float,
     ce_weight: float,
+    softcap: float,
     backend: str,
     needs_dstudent: bool,
     needs_dteacher: bool,
@@ -202,7 +213,7 @@ def _gradient(ctx: Any, dloss: Tensor, dstats: Tensor | None) -> tuple[Tensor | 
         dloss, *ctx.saved_tensors, *ctx.options, needs_dstudent, needs_dteacher
     )
     gradients = (dstudent if needs_dstudent else None, dteacher if needs_dteacher else None)
-    return *gradients, *(None,) * 8
+    return *gradients, *(None,) * 9
 
 
 _forward.register_autograd(_gradient, setup_context=_setup_context)

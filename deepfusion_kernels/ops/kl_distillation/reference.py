@@ -5,6 +5,7 @@
     d teacher: forward_kl c p (ln p - ln q - KD)    jsd c beta p (ln(p / m) - KL(p | m))
                reverse_kl c (p - q)                 c = dloss kd_weight kappa / tau
     CE       : dloss ce_weight (softmax(s) - onehot)
+    softcap b: the law is one of b tanh(s / b), its gradient times 1 - tanh(s / b)^2
 
 Arithmetic in float32, or float64 where a side is float64.
 """
@@ -16,10 +17,27 @@ import math
 import torch
 from torch import Tensor
 
-from ..shared.kl_options import MISSING, KLOptions, wide_dtype
+from ..shared.kl_options import MISSING, wide_dtype
+from .options import Options
 
 # row statistics kept between forward and backward: none, the formulas start from the logits again
 SAVED = 0
+
+
+def _capped(logits_TV: Tensor, softcap: float) -> Tensor:
+    """b tanh(s / b); missing logits stay missing."""
+    if not softcap:
+        return logits_TV
+    return torch.where(logits_TV <= MISSING, logits_TV, softcap * torch.tanh(logits_TV / softcap))
+
+
+def _through_cap(gradient: Tensor, logits: Tensor, softcap: float) -> Tensor:
+    """The gradient of raw logits from that of capped ones: ds' / ds = 1 - (s' / b)^2."""
+    if not softcap:
+        return gradient
+    share = torch.tanh(logits.to(gradient.dtype) / softcap)
+    # a masked row may hold NaN, its gradient is 0 all the same
+    return torch.where(gradient == 0, gradient, gradient * (1 - share * share))
 
 
 def _log_softmax(logits_TV: Tensor, temperature: float) -> Tensor:
@@ -44,15 +62,19 @@ def _log_mixture(ln_q: Tensor, ln_p: Tensor, beta: float) -> Tensor:
     return torch.logaddexp(ln_p + math.log(beta), ln_q + math.log1p(-beta))
 
 
-def _log_probs(student: Tensor, teacher: Tensor, options: KLOptions) -> tuple[Tensor, Tensor]:
+def _wide_rows(logits: Tensor, wide: torch.dtype, options: Options) -> Tensor:
+    return _capped(logits.flatten(0, 1).to(wide), options.softcap)
+
+
+def _log_probs(student: Tensor, teacher: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """ln q, ln p [T, V] over the shared columns."""
     V = min(student.shape[-1], teacher.shape[-1])
     wide = wide_dtype(student, teacher)
-    s_TV, t_TV = (logits[..., :V].flatten(0, 1).to(wide) for logits in (student, teacher))
+    s_TV, t_TV = (_wide_rows(side[..., :V], wide, options) for side in (student, teacher))
     return _log_softmax(s_TV, options.temperature), _log_softmax(t_TV, options.temperature)
 
 
-def _divergence(ln_q: Tensor, ln_p: Tensor, options: KLOptions) -> Tensor:
+def _divergence(ln_q: Tensor, ln_p: Tensor, options: Options) -> Tensor:
     if options.divergence == "forward_kl":
         return _kl(ln_p, ln_q)
     if options.divergence == "reverse_kl":
@@ -66,7 +88,7 @@ def forward(
     teacher: Tensor | None,
     labels: Tensor | None,
     keep: Tensor | None,
-    options: KLOptions,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
     """student [A, B, V_s], teacher [A, B, V_t], labels, keep [T], T = A B -> row loss [T]."""
     wide = wide_dtype(student, teacher)
@@ -76,7 +98,7 @@ def forward(
         ln_q, ln_p = _log_probs(student, teacher, options)
         loss_T = loss_T + options.kd_scale * _divergence(ln_q, ln_p, options).squeeze(-1)
     if labels is not None:
-        ln_1 = _log_softmax(student.flatten(0, 1).to(wide), 1.0)
+        ln_1 = _log_softmax(_wide_rows(student, wide, options), 1.0)
         inside = (labels >= 0) & (labels < V_s)
         picked = ln_1.gather(-1, labels.clamp(0, V_s - 1)[:, None]).squeeze(-1)
         loss_T = loss_T - options.ce_weight * torch.where(inside, picked, math.nan)
@@ -85,7 +107,7 @@ def forward(
     return loss_T, student.new_empty(T, SAVED, dtype=wide)
 
 
-def _slopes(ln_q: Tensor, ln_p: Tensor, options: KLOptions) -> tuple[Tensor, Tensor]:
+def _slopes(ln_q: Tensor, ln_p: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """d KD / d x and d KD / d y [T, V]."""
     q, p = ln_q.exp(), ln_p.exp()
     if options.divergence == "forward_kl":
@@ -113,7 +135,7 @@ def backward(
     labels: Tensor | None,
     keep: Tensor | None,
     stats: Tensor,
-    options: KLOptions,
+    options: Options,
     needs_dstudent: bool,
     needs_dteacher: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -133,9 +155,13 @@ def backward(
             dteacher = _place(dy, c_T, keep, teacher)
     if labels is not None and needs_dstudent:
         V_s = student.shape[-1]
-        probability = _log_softmax(student.flatten(0, 1).to(wide), 1.0).exp()
+        probability = _log_softmax(_wide_rows(student, wide, options), 1.0).exp()
         onehot = torch.arange(V_s, device=student.device) == labels[:, None]
         inside = ((labels >= 0) & (labels < V_s))[:, None]
         slope = torch.where(inside, probability - onehot.to(wide), math.nan)
         dstudent = dstudent + _place(slope, dloss * options.ce_weight, keep, student)
+    if needs_dstudent:
+        dstudent = _through_cap(dstudent, student, options.softcap)
+    if needs_dteacher:
+        dteacher = _through_cap(dteacher, like, options.softcap)
     return dstudent.to(student.dtype), dteacher.to(like.dtype)

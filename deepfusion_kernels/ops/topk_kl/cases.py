@@ -32,6 +32,22 @@ def _case(name: str, T: int, V: int, K: int, quick: bool = False, **options: Any
     return Case(name, "topk_kl_distillation", make, bytes_moved, 20 * T * V, quick)
 
 
+def _teacher(name: str, T: int, V: int, K: int, D: int = 0, quick: bool = False) -> Case:
+    def make(device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randn(T, D or V, generator=generator)
+        arguments: dict[str, Any] = {"logits_or_hidden": rows.to(device, dtype), "k": K}
+        if D:
+            weight = torch.randn(V, D, generator=generator) * (3 / D**0.5)
+            arguments["weight"] = weight.to(device, dtype)
+        return arguments
+
+    def bytes_moved(itemsize: int) -> int:
+        return itemsize * (D * (T + V) if D else T * V) + 12 * T * K
+
+    return Case(name, "topk_logprobs", make, bytes_moved, T * V * (2 * D + 10), quick)
+
+
 CASES: tuple[Case, ...] = (
     _case("T5-V33-K4", 5, 33, 4, quick=True),
     _case(
@@ -43,4 +59,8 @@ CASES: tuple[Case, ...] = (
     ),
     _case("T512-V32000-K64", 512, 32000, 64),
     _case("T512-V151936-K256", 512, 151936, 256),
+    _teacher("T5-V33-K4", 5, 33, 4, quick=True),
+    _teacher("T6-V40-K3-D7", 6, 40, 3, D=7, quick=True),
+    _teacher("T512-V32000-K64", 512, 32000, 64),
+    _teacher("T512-V32000-K64-D512", 512, 32000, 64, D=512),
 )

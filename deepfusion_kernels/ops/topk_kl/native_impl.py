@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from ..shared.kl_options import DIVERGENCES
-from .problem import FLOOR, Problem
+from .problem import FLOOR, TAILS, Problem
 
 STATISTICS = 6
-TAILS = ("bucket", "zero", "renormalize")
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -26,6 +25,12 @@ def backward(problem: Problem, drows_T: Tensor, statistics: Tensor) -> Tensor:
         drows_T.contiguous(), statistics, *_arguments(problem)
     )
     return dstudent_ABV
+
+
+def select(logits_TV: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """Ids and log-probabilities [T, k] of the largest logits of each row, largest first."""
+    ids_TK, logprobs_TK = torch.ops.deepfusion_native.topk_logprobs(logits_TV[None], k, temperature)
+    return ids_TK, logprobs_TK
 
 
 def _arguments(problem: Problem) -> tuple[Any, ...]:

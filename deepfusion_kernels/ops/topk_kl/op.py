@@ -1,4 +1,4 @@
-"""Distillation from a teacher of which only the K likeliest tokens of each row were kept."""
+"""Distillation from the K likeliest tokens of each teacher row, and the choice of those tokens."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ... import backends
 from ...checks import INTEGERS, expect, expect_option, expect_that
 from ..shared.kl_options import REDUCTIONS, check_rows, kl_options, refuse_bad_labels
 from ..shared.row_scale import row_scale
-from . import native_impl, reference
-from .problem import Problem
+from . import native_impl, reference, triton_impl
+from .logprobs import CHUNK_BYTES, Teacher, by_chunks
+from .problem import TAILS, Problem
 
 OP = "topk_kl_distillation"
-DOORS = ("topk_kl_distillation",)
-IMPLS = {"reference": reference, "cpu": native_impl}
-TAILS = ("bucket", "zero", "renormalize")
+DOORS = ("topk_kl_distillation", "topk_logprobs")
+IMPLS = {"reference": reference, "cpu": native_impl, "triton": triton_impl}
 
 
 def topk_kl_distillation(
@@ -74,7 +74,7 @@ def topk_kl_distillation(
         row_scale(ids_TK, rows, reduction, wide),
         tail,
         *options,
-        backends.choose(backend, student_logits, IMPLS),
+        backends.choose(backend, student_logits, IMPLS, K=ids_TK.shape[-1]),
     )[0]
     return rows_T.reshape(lead) if reduction == "none" else rows_T.sum()
 
@@ -175,3 +175,67 @@ def _autograd(ctx: Any, drows_T: Tensor, unused: Tensor) -> tuple[Tensor | None,
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def topk_logprobs(
+    logits_or_hidden: Tensor,
+    k: int,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_bytes: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k likeliest tokens of each row and their ln p: the teacher of topk_kl_distillation.
+
+    Logits [..., V], or hidden states [..., D] beside a head weight [V, D] and bias [V], one float
+    dtype -> ids [..., k] int64, log-probabilities at the temperature [..., k] float32 (float64 for
+    float64), largest first; which of equal logits is kept is the backend's choice. Of wider logits
+    chunk_bytes (default 64 MiB) exist at a time. No gradient. Raises ValueError for any argument.
+    """
+    op = "topk_logprobs"
+    (C,) = expect(logits_or_hidden, op, "logits_or_hidden", "... C")
+    V = C
+    if weight is not None:
+        dtype = logits_or_hidden.dtype
+        V, _ = expect(weight, op, "weight", "V D", D=C, dtype=dtype, like=logits_or_hidden)
+    if bias is not None:
+        expect_that(weight is not None, op, "bias", "given with a weight", "a bias alone")
+        expect(bias, op, "bias", "V", V=V, like=logits_or_hidden)
+    for tensor in (logits_or_hidden, weight, bias):
+        wants = torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        expect_that(not wants, op, "the teacher", "detached", "requires_grad; pass .detach()")
+    expect_that(1 <= k <= V, op, "k", f"in [1, V] = [1, {V}]", k)
+    expect_that(
+        1e-6 <= temperature < float("inf"), op, "temperature", "finite and >= 1e-6", temperature
+    )
+    expect_that(chunk_bytes is None or chunk_bytes > 0, op, "chunk_bytes", "positive", chunk_bytes)
+    lead = logits_or_hidden.shape[:-1]
+    ids_TK, logprobs_TK = _select(
+        logits_or_hidden.reshape(lead.numel(), C), weight, bias, k, temperature,
+        chunk_bytes or CHUNK_BYTES, backends.choose(backend, logits_or_hidden, IMPLS),
+    )  # fmt: skip
+    return ids_TK.reshape(*lead, k), logprobs_TK.reshape(*lead, k)
+
+
+@torch.library.custom_op("deepfusion::topk_logprobs", mutates_args=())
+def _select(
+    rows: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    k: int,
+    temperature: float,
+    chunk_bytes: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    teacher = Teacher(rows, weight, bias, k, temperature, chunk_bytes)
+    ids, logprobs = by_chunks(teacher, IMPLS[backend].select)
+    return ids, logprobs
+
+
+@_select.register_fake
+def _(rows: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    teacher = Teacher(rows, *rest[:-1])
+    shape = (rows.shape[0], teacher.k)
+    return rows.new_empty(shape, dtype=torch.int64), rows.new_empty(shape, dtype=teacher.wide)

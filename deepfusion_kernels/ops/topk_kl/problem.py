@@ -9,6 +9,7 @@ from torch import Tensor
 
 # a share of the mass outside the kept tokens is at least this: a teacher cut at K = V stays finite
 FLOOR = 2.0**-24
+TAILS = ("bucket", "zero", "renormalize")
 
 
 class Problem(NamedTuple):

@@ -54,6 +54,15 @@ def backward(problem: Problem, drows_T: Tensor, statistics: Tensor) -> Tensor:
     return dlogits_TV.to(problem.student_ABV.dtype).reshape(problem.student_ABV.shape)
 
 
+def select(logits_TV: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """Ids and log-probabilities [T, k] of the largest logits of each row, largest first."""
+    wide = torch.float64 if logits_TV.dtype == torch.float64 else torch.float32
+    present_TV = torch.where(logits_TV <= MISSING, -torch.inf, logits_TV.to(wide))
+    # a stable sort: of equal logits the smaller id comes first
+    ids_TK = present_TV.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return ids_TK, (present_TV / temperature).log_softmax(-1).gather(1, ids_TK)
+
+
 def _logits(problem: Problem) -> Tensor:
     V = problem.student_ABV.shape[-1]
     logits_TV = problem.student_ABV.reshape(problem.scale_T.shape[0], V).to(problem.wide)
