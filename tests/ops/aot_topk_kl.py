@@ -1,6 +1,6 @@
 """topk_kl's Triton kernels as they are launched, from the plainest to the fullest."""
 
-from deepfusion_kernels.ops.topk_kl import triton_impl
+from deepfusion_kernels.ops.topk_kl import triton_impl, triton_logprobs
 from tests.aot import Shipped, Types
 
 BF16_ROWS = ("*bf16:16", "i32", "i64:16", "i64:16")
@@ -49,4 +49,21 @@ KINDS = {
     "zero-K16-bf16": (BF16_ROWS, (1, 0, 16), False),
     "renormalize-reverse_kl-K256-bf16-full": (BF16_ROWS, (2, 1, 256), True),
 }
-SHIPPED = tuple(make(name, *kind) for name, kind in KINDS.items() for make in (_forward, _backward))
+LOG_SUM: dict[str, Types] = {
+    "logits_ptr": "*bf16:16",
+    "stride_t": "i32:16",
+    "max_ptr": "*fp32:16",
+    "log_sum_ptr": "*fp32:16",
+    "V": "i32",
+    "inv_tau": "fp32",
+}
+SHIPPED = (
+    *(make(name, *kind) for name, kind in KINDS.items() for make in (_forward, _backward)),
+    Shipped(
+        "log_sum-bf16",
+        triton_logprobs._log_sum_kernel,
+        LOG_SUM,
+        {"BLOCK_V": triton_logprobs.BLOCK_V},
+        triton_logprobs.LAUNCH,
+    ),
+)

@@ -23,12 +23,12 @@ from ..shared.kl_options import (
     wide_dtype,
 )
 from ..shared.row_scale import row_scale
-from . import native_impl, reference
+from . import native_impl, reference, triton_impl
 from .problem import Gradients, Problem, Wants
 
 OP = "fused_linear_kl_distillation"
 DOORS = ("fused_linear_kl_distillation",)
-IMPLS = {"reference": reference, "cpu": native_impl}
+IMPLS = {"reference": reference, "cpu": native_impl, "triton": triton_impl}
 # with fewer rows the traffic of dW costs more than projecting twice; docs/ops/fused_linear_kl.md
 MIN_CHUNK_ROWS = 128
 CPU_CHUNK_BYTES = 2 << 20
@@ -90,9 +90,8 @@ def fused_linear_kl_distillation(
     in_forward = reduction != "none" and _holds_enough_rows(problem)
     dtype = grad_weight_dtype or problem.wide
     wants = _wants(student_hidden, student_weight, student_bias)
-    loss: Tensor = _forward(
-        *problem, *wants, in_forward, dtype, backends.choose(backend, student_hidden, IMPLS)
-    )[0]
+    chosen = backends.choose(backend, student_hidden, IMPLS, wide=wide)
+    loss: Tensor = _forward(*problem, *wants, in_forward, dtype, chosen)[0]
     if reduction == "none":
         return loss.reshape(student_hidden.shape[:-1])
     return loss if in_forward else loss.sum()

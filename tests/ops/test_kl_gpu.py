@@ -1,0 +1,163 @@
+"""The distillation doors on a GPU: graphs, synchronisation, large offsets, races by repetition."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepfusion_kernels import (
+    fused_linear_kl_distillation,
+    kl_distillation,
+    topk_kl_distillation,
+    topk_logprobs,
+)
+from tests.conftest import why_not
+
+pytestmark = pytest.mark.gpu
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+Call = Callable[[], tuple[Tensor, ...]]
+
+
+def dense(T: int, V: int, divergence: str, backend: str) -> tuple[list[Tensor], Call]:
+    """Tensors that a call reads, and the call: its loss and gradients."""
+    student, teacher = (torch.randn(T, V, device="cuda").bfloat16() for _ in range(2))
+    student.requires_grad_()
+    labels = torch.randint(V, (T,), device="cuda")
+    options: dict[str, Any] = {"divergence": divergence, "temperature": 2.0, "ce_weight": 0.5}
+
+    def call() -> tuple[Tensor, ...]:
+        loss = kl_distillation(student, teacher, labels, **options, backend=backend)
+        return loss.detach(), *torch.autograd.grad(loss, student)
+
+    return [student, teacher], call
+
+
+def topk(T: int, V: int, divergence: str, backend: str) -> tuple[list[Tensor], Call]:
+    student, teacher = (torch.randn(T, V, device="cuda").bfloat16() for _ in range(2))
+    student.requires_grad_()
+
+    def call() -> tuple[Tensor, ...]:
+        ids, logprobs = topk_logprobs(teacher, 64, backend=backend)
+        loss = topk_kl_distillation(student, ids, logprobs, divergence=divergence, backend=backend)
+        return loss.detach(), *torch.autograd.grad(loss, student)
+
+    return [student, teacher], call
+
+
+def fused(T: int, V: int, divergence: str, backend: str) -> tuple[list[Tensor], Call]:
+    D = 64
+    hidden, weight, of_teacher, head = (
+        torch.randn(rows, D, device="cuda").bfloat16() for rows in (T, V, T, V)
+    )
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    labels = torch.randint(V, (T,), device="cuda")
+
+    def call() -> tuple[Tensor, ...]:
+        loss = fused_linear_kl_distillation(
+            hidden, weight, of_teacher, head, labels, divergence=divergence, ce_weight=0.5,
+            backend=backend, chunk_bytes=128 * 8 * (V + 32),
+        )  # fmt: skip
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    return [hidden, weight, of_teacher, head], call
+
+
+MAKERS = [
+    pytest.param(make, backend, id=f"{make.__name__}-{backend}")
+    for make, backend in ((dense, "triton"), (dense, "cuda"), (topk, "triton"), (fused, "triton"))
+]
+
+
+def skip_unless(backend: str) -> None:
+    reason = why_not(backend)
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(("make", "backend"), MAKERS)
+def test_repeated_calls_give_the_same_bits(make: Any, backend: str, divergence: str) -> None:
+    """A race would show in one of ten: many rows, several blocks of columns."""
+    skip_unless(backend)
+    _, call = make(300, 32000, divergence, backend)
+    first = call()
+    for _ in range(10):
+        assert all(torch.equal(one, other) for one, other in zip(call(), first, strict=True))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(("make", "backend"), MAKERS)
+def test_no_call_waits_for_the_device(make: Any, backend: str, divergence: str) -> None:
+    skip_unless(backend)
+    _, call = make(40, 5000, divergence, backend)
+    call()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("make", "backend"), MAKERS)
+def test_a_captured_graph_follows_its_inputs(make: Any, backend: str) -> None:
+    skip_unless(backend)
+    inputs, call = make(40, 5000, "jsd", backend)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    with torch.no_grad():
+        for tensor in inputs:
+            tensor.copy_(torch.randn_like(tensor))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(one, other) for one, other in zip(captured, call(), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_offsets_past_two_to_the_31(backend: str) -> None:
+    """The last rows of 2.16e9 logits are those rows alone."""
+    skip_unless(backend)
+    T, V, last = 14200, 151936, 3
+    if torch.cuda.get_device_properties(0).total_memory < 24 << 30:
+        pytest.skip("needs 24 GiB of GPU memory")
+    assert T * V > 2**31
+    student, teacher = (torch.zeros(T, V, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    student[-last:], teacher[-last:] = torch.randn(2, last, V, device="cuda").bfloat16()
+    rows, gradient = rows_and_gradient(student, teacher, backend)
+    alone, wanted = rows_and_gradient(student[-last:].clone(), teacher[-last:].clone(), backend)
+    assert torch.equal(rows[-last:], alone)
+    assert torch.equal(gradient[-last:], wanted)
+    assert not rows[:-last].any()
+
+
+def rows_and_gradient(student: Tensor, teacher: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    student.requires_grad_()
+    rows = kl_distillation(student, teacher, reduction="none", backend=backend)
+    (gradient,) = torch.autograd.grad(rows.sum(), student)
+    return rows.detach(), gradient
+
+
+def test_topk_offsets_past_two_to_the_31() -> None:
+    skip_unless("triton")
+    T, V, last = 14200, 151936, 3
+    if torch.cuda.get_device_properties(0).total_memory < 24 << 30:
+        pytest.skip("needs 24 GiB of GPU memory")
+    student = torch.zeros(T, V, device="cuda", dtype=torch.bfloat16)
+    student[-last:] = torch.randn(last, V, device="cuda").bfloat16()
+    ids = torch.arange(8, device="cuda").expand(T, 8)
+    logprobs = torch.full((T, 8), 0.1, device="cuda").log()
+    found = []
+    for part in (slice(None), slice(T - last, T)):
+        leaf = student[part].clone().requires_grad_()
+        rows = topk_kl_distillation(leaf, ids[part], logprobs[part], reduction="none")
+        found.append((rows.detach(), *torch.autograd.grad(rows.sum(), leaf)))
+    for whole, alone in zip(*found, strict=True):
+        assert torch.equal(whole[-last:], alone)
