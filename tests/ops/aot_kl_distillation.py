@@ -8,6 +8,10 @@ FP32_ROWS = ("*fp32:16", "i32", "i64", "i64")
 SCALARS = ("fp32", "fp32", "fp32", "fp32", "fp32")
 
 
+def _block(divergence: int, capped: bool) -> int:
+    return triton_impl.CAPPED_BLOCK_V if capped else triton_impl.BLOCK_V[divergence]
+
+
 def _forward(name: str, rows: Types, divergence: int, full: bool, capped: bool = False) -> Shipped:
     arguments: dict[str, Types] = {
         "student": rows,
@@ -23,7 +27,7 @@ def _forward(name: str, rows: Types, divergence: int, full: bool, capped: bool =
         "DIVERGENCE": divergence,
         "OWN_SUM": full,
         "CAPPED": capped,
-        "BLOCK_V": triton_impl.BLOCK_V[divergence],
+        "BLOCK_V": _block(divergence, capped),
     }
     kernel = triton_rows._kl_forward_kernel
     return Shipped(f"forward-{name}", kernel, arguments, constants, triton_impl.LAUNCH)
@@ -45,7 +49,7 @@ def _backward(name: str, rows: Types, divergence: int, full: bool, capped: bool 
     constants = {
         "DIVERGENCE": divergence,
         "CAPPED": capped,
-        "BLOCK_V": triton_impl.BLOCK_V[divergence],
+        "BLOCK_V": _block(divergence, capped),
     }
     kernel = triton_rows._kl_backward_kernel
     return Shipped(f"backward-{name}", kernel, arguments, constants, triton_impl.LAUNCH)

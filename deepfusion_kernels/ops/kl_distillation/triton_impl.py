@@ -22,6 +22,7 @@ SAVED = 8
 # columns by divergence, not measured here: what compiles without spills for all four targets. Two
 # blocks of 8 warps fit a multiprocessor; left to itself ptxas aims at more of them and spills jsd.
 BLOCK_V = (4096, 4096, 2048)
+CAPPED_BLOCK_V = 2048
 LAUNCH = {"num_warps": 8, "maxnreg": 128}
 
 
@@ -36,8 +37,9 @@ def _side(logits: Tensor) -> tuple[Tensor, int, int, int]:
     return logits, logits.shape[1], logits.stride(0), logits.stride(1)
 
 
-def _block(V: int, divergence: int) -> int:
-    return int(min(BLOCK_V[divergence], max(16, triton.next_power_of_2(V))))
+def _block(V: int, divergence: int, options: Options) -> int:
+    block = CAPPED_BLOCK_V if options.softcap else BLOCK_V[divergence]
+    return int(min(block, max(16, triton.next_power_of_2(V))))
 
 
 def forward(
@@ -77,7 +79,7 @@ def forward(
             DIVERGENCE=divergence,
             CAPPED=options.softcap != 0.0,
             OWN_SUM=labels is not None and not shared_sum,
-            BLOCK_V=_block(V_s, divergence),
+            BLOCK_V=_block(V_s, divergence, options),
             **LAUNCH,
         )
     return loss, stats
@@ -124,7 +126,7 @@ def backward(
             ),
             DIVERGENCE=divergence,
             CAPPED=options.softcap != 0.0,
-            BLOCK_V=_block(max(V_s, V_t), divergence),
+            BLOCK_V=_block(max(V_s, V_t), divergence, options),
             **LAUNCH,
         )
     return dstudent, dteacher
