@@ -20,7 +20,7 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 Call = Callable[[], tuple[Tensor, ...]]
 
 
-def dense(T: int, V: int, divergence: str, backend: str) -> tuple[list[Tensor], Call]:
+def dense(T: int, V: int, divergence: str, chosen: str) -> tuple[list[Tensor], Call]:
     """Tensors that a call reads, and the call: its loss and gradients."""
     student, teacher = (torch.randn(T, V, device="cuda").bfloat16() for _ in range(2))
     student.requires_grad_()
@@ -28,25 +28,25 @@ def dense(T: int, V: int, divergence: str, backend: str) -> tuple[list[Tensor], 
     options: dict[str, Any] = {"divergence": divergence, "temperature": 2.0, "ce_weight": 0.5}
 
     def call() -> tuple[Tensor, ...]:
-        loss = kl_distillation(student, teacher, labels, **options, backend=backend)
+        loss = kl_distillation(student, teacher, labels, **options, backend=chosen)
         return loss.detach(), *torch.autograd.grad(loss, student)
 
     return [student, teacher], call
 
 
-def topk(T: int, V: int, divergence: str, backend: str) -> tuple[list[Tensor], Call]:
+def topk(T: int, V: int, divergence: str, chosen: str) -> tuple[list[Tensor], Call]:
     student, teacher = (torch.randn(T, V, device="cuda").bfloat16() for _ in range(2))
     student.requires_grad_()
 
     def call() -> tuple[Tensor, ...]:
-        ids, logprobs = topk_logprobs(teacher, 64, backend=backend)
-        loss = topk_kl_distillation(student, ids, logprobs, divergence=divergence, backend=backend)
+        ids, logprobs = topk_logprobs(teacher, 64, backend=chosen)
+        loss = topk_kl_distillation(student, ids, logprobs, divergence=divergence, backend=chosen)
         return loss.detach(), *torch.autograd.grad(loss, student)
 
     return [student, teacher], call
 
 
-def fused(T: int, V: int, divergence: str, backend: str) -> tuple[list[Tensor], Call]:
+def fused(T: int, V: int, divergence: str, chosen: str) -> tuple[list[Tensor], Call]:
     D = 64
     hidden, weight, of_teacher, head = (
         torch.randn(rows, D, device="cuda").bfloat16() for rows in (T, V, T, V)
@@ -57,7 +57,7 @@ def fused(T: int, V: int, divergence: str, backend: str) -> tuple[list[Tensor], 
     def call() -> tuple[Tensor, ...]:
         loss = fused_linear_kl_distillation(
             hidden, weight, of_teacher, head, labels, divergence=divergence, ce_weight=0.5,
-            backend=backend, chunk_bytes=128 * 8 * (V + 32),
+            backend=chosen, chunk_bytes=128 * 8 * (V + 32),
         )  # fmt: skip
         return loss.detach(), *torch.autograd.grad(loss, leaves)
 
@@ -65,33 +65,33 @@ def fused(T: int, V: int, divergence: str, backend: str) -> tuple[list[Tensor], 
 
 
 MAKERS = [
-    pytest.param(make, backend, id=f"{make.__name__}-{backend}")
-    for make, backend in ((dense, "triton"), (dense, "cuda"), (topk, "triton"), (fused, "triton"))
+    pytest.param(make, chosen, id=f"{make.__name__}-{chosen}")
+    for make, chosen in ((dense, "triton"), (dense, "cuda"), (topk, "triton"), (fused, "triton"))
 ]
 
 
-def skip_unless(backend: str) -> None:
-    reason = why_not(backend)
+def skip_unless(chosen: str) -> None:
+    reason = why_not(chosen)
     if reason:
         pytest.skip(reason)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize(("make", "backend"), MAKERS)
-def test_repeated_calls_give_the_same_bits(make: Any, backend: str, divergence: str) -> None:
+@pytest.mark.parametrize(("make", "chosen"), MAKERS)
+def test_repeated_calls_give_the_same_bits(make: Any, chosen: str, divergence: str) -> None:
     """A race would show in one of ten: many rows, several blocks of columns."""
-    skip_unless(backend)
-    _, call = make(300, 32000, divergence, backend)
+    skip_unless(chosen)
+    _, call = make(300, 32000, divergence, chosen)
     first = call()
     for _ in range(10):
         assert all(torch.equal(one, other) for one, other in zip(call(), first, strict=True))
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize(("make", "backend"), MAKERS)
-def test_no_call_waits_for_the_device(make: Any, backend: str, divergence: str) -> None:
-    skip_unless(backend)
-    _, call = make(40, 5000, divergence, backend)
+@pytest.mark.parametrize(("make", "chosen"), MAKERS)
+def test_no_call_waits_for_the_device(make: Any, chosen: str, divergence: str) -> None:
+    skip_unless(chosen)
+    _, call = make(40, 5000, divergence, chosen)
     call()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -100,10 +100,10 @@ def test_no_call_waits_for_the_device(make: Any, backend: str, divergence: str) 
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize(("make", "backend"), MAKERS)
-def test_a_captured_graph_follows_its_inputs(make: Any, backend: str) -> None:
-    skip_unless(backend)
-    inputs, call = make(40, 5000, "jsd", backend)
+@pytest.mark.parametrize(("make", "chosen"), MAKERS)
+def test_a_captured_graph_follows_its_inputs(make: Any, chosen: str) -> None:
+    skip_unless(chosen)
+    inputs, call = make(40, 5000, "jsd", chosen)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -121,26 +121,26 @@ def test_a_captured_graph_follows_its_inputs(make: Any, backend: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(captured, call(), strict=True))
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_offsets_past_two_to_the_31(backend: str) -> None:
+@pytest.mark.parametrize("chosen", ["triton", "cuda"])
+def test_offsets_past_two_to_the_31(chosen: str) -> None:
     """The last rows of 2.16e9 logits are those rows alone."""
-    skip_unless(backend)
+    skip_unless(chosen)
     T, V, last = 14200, 151936, 3
     if torch.cuda.get_device_properties(0).total_memory < 24 << 30:
         pytest.skip("needs 24 GiB of GPU memory")
     assert T * V > 2**31
     student, teacher = (torch.zeros(T, V, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     student[-last:], teacher[-last:] = torch.randn(2, last, V, device="cuda").bfloat16()
-    rows, gradient = rows_and_gradient(student, teacher, backend)
-    alone, wanted = rows_and_gradient(student[-last:].clone(), teacher[-last:].clone(), backend)
+    rows, gradient = rows_and_gradient(student, teacher, chosen)
+    alone, wanted = rows_and_gradient(student[-last:].clone(), teacher[-last:].clone(), chosen)
     assert torch.equal(rows[-last:], alone)
     assert torch.equal(gradient[-last:], wanted)
     assert not rows[:-last].any()
 
 
-def rows_and_gradient(student: Tensor, teacher: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def rows_and_gradient(student: Tensor, teacher: Tensor, chosen: str) -> tuple[Tensor, Tensor]:
     student.requires_grad_()
-    rows = kl_distillation(student, teacher, reduction="none", backend=backend)
+    rows = kl_distillation(student, teacher, reduction="none", backend=chosen)
     (gradient,) = torch.autograd.grad(rows.sum(), student)
     return rows.detach(), gradient
 
