@@ -243,7 +243,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "recommended": {},
     "direct": {
-        "distill": {"nearness": "fit", "beta": 3.0},
+        "distill": {"nearness": "fit"},
         "tune": {
             "steps": 300,
             "lr": 0.02,
