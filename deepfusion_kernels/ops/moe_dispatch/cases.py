@@ -48,7 +48,7 @@ CASES: tuple[Case, ...] = tuple(
     for name, T, D, E, K, quick in (
         ("T5-D3-E7-K2", 5, 3, 7, 2, True),
         ("T17-D33-E60-K4", 17, 33, 60, 4, True),
-        # issue 2's two expert shapes, then one layer of Qwen3-30B-A3B
+        # the two expert shapes of docs/benchmarks.md, then one layer of Qwen3-30B-A3B
         ("T2048-D512-E60-K4", 2048, 512, 60, 4, False),
         ("T2048-D256-E16-K2", 2048, 256, 16, 2, False),
         ("T16384-D2048-E128-K8", 16384, 2048, 128, 8, False),
