@@ -172,10 +172,10 @@ struct Ahead {
 };
 
 // All rows against one panel; row_at(i) points at A(i, 0), finish(i, sums) takes each finished row
-// of kColumns sums.
-template <typename S, typename RowAt, typename Finish>
+// of kColumns sums. ahead.fetch(part, parts) is called before each tile.
+template <typename S, typename RowAt, typename Next, typename Finish>
 inline void sweep(const RowAt& row_at, int64_t num_rows, int64_t step, const unit_t<S>* panel,
-                  int64_t steps, const Ahead& ahead, const Finish& finish) {
+                  int64_t steps, const Next& ahead, const Finish& finish) {
   alignas(64) typename Operand<S>::Wide out[kTileRows * kColumns<S>];
   for (int64_t i = 0; i < num_rows; i += kTileRows) {
     const int count = static_cast<int>(std::min<int64_t>(kTileRows, num_rows - i));

@@ -115,6 +115,35 @@ void pack_columns(const RowAt& row_at, int64_t depth, int64_t count, unit_t<S>* 
   }
 }
 
+// The next panel of columns, packed a chunk at a time between the tiles of this one. Rows that lie
+// a power of two apart share a few sets of the cache: a whole strip fetched ahead would push itself
+// out.
+template <typename S, typename T>
+struct PackAhead {
+  const T* source;
+  int64_t depth;
+  int64_t pitch;
+  // columns from `source` on, none if negative; a panel takes the first kColumns
+  int64_t columns;
+  unit_t<S>* panel;
+  void fetch(int64_t part, int64_t parts) const {
+    if (columns <= 0) return;
+    const int64_t chunk = ((depth + parts - 1) / parts + 1) / 2 * 2;
+    const int64_t begin = std::min(depth, part * chunk), end = std::min(depth, begin + chunk);
+    pack_columns<S, kColumns<S>>([&](int64_t k) { return source + (begin + k) * pitch; },
+                                 end - begin, std::min(kColumns<S>, columns),
+                                 panel + begin / Operand<S>::kDepth * kColumns<S>);
+    const bool is_last = part + 1 == parts;
+    if (is_last && columns <= kColumns<S>) return;
+    const T* next = is_last ? source + kColumns<S> : source + end * pitch;
+    for (int64_t row = 0; row < std::min(chunk, is_last ? depth : depth - end); ++row) {
+      const char* line = reinterpret_cast<const char*>(next + row * pitch);
+      for (size_t at = 0; at < kColumns<S> * sizeof(T); at += 64)
+        __builtin_prefetch(line + at, 0, 2);
+    }
+  }
+};
+
 // The first `count` of N lanes, widened; zeros beyond them.
 template <int64_t N, typename W, typename T>
 inline void load_lanes(const T* source, int64_t count, W* lanes) {
@@ -152,6 +181,37 @@ inline void store_lanes(const W* lanes, int64_t count, T* target) {
   } else {
     std::memcpy(target, narrow, sizeof(T) * count);
   }
+}
+
+// Whether rows of this pitch can be written past the cache: whole lines at aligned places.
+template <typename T>
+inline bool can_stream([[maybe_unused]] const T* target, [[maybe_unused]] int64_t pitch) {
+#if defined(DF_LEVEL_avx512)
+  return reinterpret_cast<uintptr_t>(target) % 64 == 0 && pitch * sizeof(T) % 64 == 0;
+#else
+  return false;
+#endif
+}
+
+// N lanes rounded to T, past the cache: a line that is written whole need not be read first.
+template <int64_t N, typename T, typename W>
+inline void stream_lanes([[maybe_unused]] const W* lanes, [[maybe_unused]] T* target) {
+#if defined(DF_LEVEL_avx512)
+  static_assert(N * sizeof(T) % 64 == 0);
+  alignas(64) T narrow[N];
+  store_lanes<N>(lanes, N, narrow);
+  for (size_t at = 0; at < N * sizeof(T); at += 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(reinterpret_cast<char*>(target) + at),
+                        _mm512_load_si512(reinterpret_cast<const char*>(narrow) + at));
+  }
+#endif
+}
+
+// Before another thread may read what was streamed.
+inline void finish_streams() {
+#if defined(DF_LEVEL_avx512)
+  _mm_sfence();
+#endif
 }
 
 }  // namespace deepfusion::inline DF_LEVEL

@@ -23,6 +23,26 @@ inline W sum_lanes(const W* parts) {
   return sum[0];
 }
 
+// Two panels of the columns of a weight [depth, pitch]: one is multiplied while the next is packed.
+template <typename S>
+struct Panels {
+  unit_t<S>* now;
+  unit_t<S>* next;
+  template <typename T>
+  void pack_first(const T* weight, int64_t depth, int64_t pitch) {
+    pack_columns<S, kColumns<S>>([&](int64_t k) { return weight + k * pitch; }, depth,
+                                 std::min(kColumns<S>, pitch), next);
+  }
+  // The panel of columns from `at` on, and what packs the one behind it.
+  template <typename T>
+  std::pair<const unit_t<S>*, PackAhead<S, T>> take(const T* weight, int64_t depth, int64_t pitch,
+                                                    int64_t at) {
+    std::swap(now, next);
+    const int64_t behind = at + kColumns<S>;
+    return {now, {weight + behind, depth, pitch, pitch - behind, next}};
+  }
+};
+
 // One row's columns of a panel: dh and a' from dA' (`sums`) and h; returns their part of dw.
 template <typename S, Activation ACT, typename T, typename W>
 inline W gate_gradient(const T* h, int64_t F, const W* sums, int64_t count, W weight, S* dh,
@@ -55,7 +75,7 @@ inline W gate_gradient(const T* h, int64_t F, const W* sums, int64_t count, W we
 // dh, a' (where wanted) and dw of a block; dh and a' begin with the block's first row.
 template <typename T, typename S>
 void activation_block(const Experts<T, S>& e, RowBlock block, const S* dout,
-                      const typename Operand<S>::Wide* weights, const T* h, unit_t<S>* panel, S* dh,
+                      const typename Operand<S>::Wide* weights, const T* h, Panels<S> panels, S* dh,
                       S* scaled, typename Operand<S>::Wide* dweights) {
   using Wide = typename Operand<S>::Wide;
   const auto [_, K, D, F, E] = e.size;
@@ -63,11 +83,10 @@ void activation_block(const Experts<T, S>& e, RowBlock block, const S* dout,
   const unit_t<S>* rows[kBlockRows];
   for (int64_t r = block.begin; r < block.end; ++r) rows[r - block.begin] = units(e.row(dout, r));
   const auto row_at = [&](int64_t i) { return rows[i]; };
+  panels.pack_first(weight, D, F);
   for (int64_t f = 0; f < F; f += kColumns<S>) {
     const int64_t count = std::min(kColumns<S>, F - f);
-    pack_columns<S, kColumns<S>>([&](int64_t d) { return weight + d * F + f; }, D, count, panel);
-    const int64_t next = f + kColumns<S>, bytes = sizeof(T) * kColumns<S>;
-    const Ahead ahead{weight + next, next < F ? D : 0, F * int64_t{sizeof(T)}, bytes};
+    const auto [panel, ahead] = panels.take(weight, D, F, f);
     with_activation(e.activation, [&](auto activation) {
       sweep<S>(row_at, block.end - block.begin, 1, panel, steps_of<S>(D), ahead,
                [&](int64_t i, const auto* sums) {
@@ -83,17 +102,15 @@ void activation_block(const Experts<T, S>& e, RowBlock block, const S* dout,
 
 // dx rows = W1^T dh of a block.
 template <typename T, typename S>
-void input_block(const Experts<T, S>& e, RowBlock block, unit_t<S>* panel, const S* dh,
+void input_block(const Experts<T, S>& e, RowBlock block, Panels<S> panels, const S* dh,
                  typename Operand<S>::Wide* dx) {
   const auto [_, K, D, F, E] = e.size;
   const T* weight = e.gate_up + block.expert * 2 * F * D;
   const auto row_at = [&](int64_t i) { return units(dh + i * 2 * F); };
+  panels.pack_first(weight, 2 * F, D);
   for (int64_t d = 0; d < D; d += kColumns<S>) {
     const int64_t count = std::min(kColumns<S>, D - d);
-    pack_columns<S, kColumns<S>>([&](int64_t f) { return weight + f * D + d; }, 2 * F, count,
-                                 panel);
-    const int64_t next = d + kColumns<S>, bytes = sizeof(T) * kColumns<S>;
-    const Ahead ahead{weight + next, next < D ? 2 * F : 0, D * int64_t{sizeof(T)}, bytes};
+    const auto [panel, ahead] = panels.take(weight, 2 * F, D, d);
     sweep<S>(row_at, block.end - block.begin, 1, panel, steps_of<S>(2 * F), ahead,
              [&](int64_t i, const auto* sums) {
                store_lanes<kColumns<S>>(sums, count, dx + (block.begin + i) * D + d);
@@ -123,7 +140,8 @@ void run_backward(const Experts<T, S>& e, const Tensor& dout, const Tensor& weig
   const auto [_, K, D, F, E] = e.size;
   const int64_t shares = num_shares();
   const Cuts cuts(e.offsets, E, shares);
-  Scratch<Wide> panels(dout, shares, steps_of<S>(std::max(D, 2 * F)) * kColumns<S>);
+  const int64_t panel_units = steps_of<S>(std::max(D, 2 * F)) * kColumns<S>;
+  Scratch<Wide> panel_memory(dout, shares, 2 * panel_units);
   // frozen experts need dh of one block at a time only
   Scratch<S> own_dh(dout, shares,
                     (dgate_up ? std::max(cuts.busiest_whole, kBlockRows) : kBlockRows) * 2 * F);
@@ -142,7 +160,8 @@ void run_backward(const Experts<T, S>& e, const Tensor& dout, const Tensor& weig
     if (dgate_up) body(WeightGradient{dgate_up, 2 * F, dh_at, D, x_at});
   };
   for_shares(shares, [&](int64_t share) {
-    unit_t<S>* panel = reinterpret_cast<unit_t<S>*>(panels.of(share));
+    unit_t<S>* memory_of_panels = reinterpret_cast<unit_t<S>*>(panel_memory.of(share));
+    const Panels<S> panels{memory_of_panels, memory_of_panels + panel_units};
     for_blocks(e.offsets, E, share, shares, kBlockRows, [&](RowBlock block) {
       const int64_t start = e.offsets[block.expert], place = cuts.place[block.expert];
       const bool is_whole = place < 0;
@@ -151,9 +170,9 @@ void run_backward(const Experts<T, S>& e, const Tensor& dout, const Tensor& weig
       const int64_t row = block.begin - start;
       S* block_dh = dgate_up ? dh + row * 2 * F : own_dh.of(share);
       activation_block(e, block, dout_rows, weights.const_data_ptr<Wide>(), h.const_data_ptr<T>(),
-                       panel, block_dh, ddown ? a + row * F : nullptr,
+                       panels, block_dh, ddown ? a + row * F : nullptr,
                        dweights.mutable_data_ptr<Wide>());
-      if (dhidden) input_block(e, block, panel, block_dh, rows_RD.of(0));
+      if (dhidden) input_block(e, block, panels, block_dh, rows_RD.of(0));
       if (!is_whole || block.end < e.offsets[block.expert + 1]) return;
       gradients(dh, a, start, [&](const auto& g) {
         weight_strips(e, g, block.expert, 0, g.num_strips(), memory.of(share));

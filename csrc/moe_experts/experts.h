@@ -7,6 +7,7 @@
 
 #include "common/checks.h"
 #include "common/gated_activation.h"
+#include "common/kept_memory.h"
 #include "common/pack.h"
 #include "common/row_blocks.h"
 
@@ -65,7 +66,7 @@ struct Scratch {
   Tensor memory;
   int64_t pitch;
   Scratch(const Tensor& like, int64_t shares, int64_t count)
-      : memory(torch::stable::new_empty(like, {shares, (count + 63) / 64 * 64}, kDtype<S>)),
+      : memory(kept_empty(like, {shares, (count + 63) / 64 * 64}, kDtype<S>, sizeof(S))),
         pitch((count + 63) / 64 * 64) {}
   S* of(int64_t share) { return memory.mutable_data_ptr<S>() + share * pitch; }
 };

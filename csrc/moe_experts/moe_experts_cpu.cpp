@@ -1,5 +1,4 @@
 // Entry points of moe_experts: the plan, memory, and the choice of the operand type.
-#include "common/large_pages.h"
 #include "common/moe_plan.h"
 #include "moe_experts/backward.h"
 #include "moe_experts/forward.h"
@@ -72,7 +71,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_experts_forward_cpu(
     plan(experts.const_data_ptr<int32_t>());
   }
   Tensor out = torch::stable::new_empty(hidden, {size.T, size.D});
-  Tensor h = torch::stable::new_empty(hidden, {size.rows(), 2 * size.F});
+  const int64_t bytes = hidden.element_size();
+  Tensor h = kept_empty(hidden, {size.rows(), 2 * size.F}, hidden.scalar_type(), bytes);
   Scratch<int32_t> token(order, 1, size.rows());
   DF_DISPATCH_FLOAT(hidden.scalar_type(), "moe_experts", [&] {
     with_factor<scalar_t>([&](auto factor) {
@@ -100,10 +100,10 @@ std::vector<Tensor> moe_experts_backward_cpu(const Tensor& dout, const Tensor& h
   std::vector<Tensor> wanted;
   const auto want = [&](bool needed, const Tensor& like) {
     if (!needed) return static_cast<void*>(nullptr);
-    wanted.push_back(torch::stable::empty_like(like));
-    void* data = wanted.back().mutable_data_ptr();
-    advise_large_pages(data, like.numel() * like.element_size());
-    return data;
+    const auto shape = like.sizes();
+    wanted.push_back(
+        kept_empty(like, {shape.begin(), shape.end()}, like.scalar_type(), like.element_size()));
+    return wanted.back().mutable_data_ptr();
   };
   void* dhidden = want(needs_dhidden, hidden);
   void* dgate_up = want(needs_dgate_up, gate_up);

@@ -8,6 +8,9 @@ namespace deepfusion::inline DF_LEVEL {
 // Units of the packed right factor: 512 KiB of float32, half of a second-level cache.
 constexpr int64_t kRightUnits = 128 * 1024;
 
+// Gradients from this size on are written past the cache.
+constexpr int64_t kStreamedBytes = int64_t{4} << 20;
+
 // Rows of a gradient whose left factor is packed together: whole cache lines of its rows are read.
 constexpr int64_t kStripRows = 32;
 
@@ -71,6 +74,9 @@ void weight_strips(const Experts<T, S>& e, const Gradient& g, int64_t expert, in
   const int64_t steps = steps_of<S>(depth);
   const int64_t width = memory.right_units / (steps * kColumns<S>)*kColumns<S>;
   const auto row_at = [&](int64_t i) { return memory.left + i; };
+  // smaller ones are read from the cache by whoever comes next
+  const bool streams =
+      e.size.E * g.m * g.n * int64_t{sizeof(T)} >= kStreamedBytes && can_stream(g.out, g.n);
   if (first == last) return;
   for (int64_t j0 = 0; j0 < g.n; j0 += width) {
     const int64_t columns = std::min(width, g.n - j0);
@@ -84,11 +90,17 @@ void weight_strips(const Experts<T, S>& e, const Gradient& g, int64_t expert, in
         const int64_t count = std::min(kColumns<S>, columns - j);
         sweep<S>(row_at, rows, kStripRows, memory.right + j * steps, steps,
                  [&](int64_t r, const auto* sums) {
-                   store_lanes<kColumns<S>>(sums, count, target + r * g.n + j);
+                   T* row = target + r * g.n + j;
+                   if (streams && count == kColumns<S>) {
+                     stream_lanes<kColumns<S>>(sums, row);
+                   } else {
+                     store_lanes<kColumns<S>>(sums, count, row);
+                   }
                  });
       }
     }
   }
+  if (streams) finish_streams();
 }
 
 }  // namespace deepfusion::inline DF_LEVEL
