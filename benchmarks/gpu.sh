@@ -44,7 +44,7 @@ step() {
 test_files() {
   [ -n "$OPS" ] || find tests/ops tests/nn tests/test_patching.py -name 'test_*.py' | sort
   for op in $OPS; do
-    { ls tests/ops/test_"$op"*.py; grep -lx "STEM = \"$op\"" tests/ops/test_*.py; } 2> /dev/null
+    { ls tests/ops/test_"$op"*.py; grep -lE "^STEMS? = .*\"$op\"" tests/ops/test_*.py; } 2> /dev/null
   done | sort -u
 }
 

@@ -5,6 +5,7 @@ does on a GPU is not tested here.
 """
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -86,7 +87,11 @@ def test_ops_and_parts_limit_what_runs(tree: Path) -> None:
     _, _, calls = make_gpu(tree, OPS="moe_experts topk_kl", PARTS="test")
     tested = [call.split()[-1] for call in calls if "pytest" in call]
     assert "tests/ops/test_topk_kl.py" in tested
-    assert all("moe_experts" in name or "topk_kl" in name for name in tested)
+    assert {"tests/ops/test_topk_logprobs.py", "tests/ops/test_kl_gpu.py"} <= set(tested)
+    for name in tested:
+        stems = re.search("^STEMS? = .*$", (ROOT / name).read_text(), re.MULTILINE)
+        assert stems, name
+        assert "moe_experts" in stems[0] or "topk_kl" in stems[0]
     assert not [call for call in calls if "benchmarks" in call]
     _, _, calls = make_gpu(tree, OPS="moe_experts", PARTS="bench")
     assert [call for call in calls if "benchmarks" in call] == [

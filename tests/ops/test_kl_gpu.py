@@ -15,6 +15,8 @@ from deepfusion_kernels import (
 )
 from tests.conftest import why_not
 
+# `make gpu OPS=...` runs the file for each of them
+STEMS = ("kl_distillation", "fused_linear_kl", "topk_kl")
 pytestmark = pytest.mark.gpu
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 Call = Callable[[], tuple[Tensor, ...]]
