@@ -1,4 +1,4 @@
-"""Shapes of kl_distillation: the benchmark page's, those of released vocabularies, tiny odd ones."""
+"""Shapes of kl_distillation: the benchmark page's, released vocabularies', tiny odd ones."""
 
 from __future__ import annotations
 

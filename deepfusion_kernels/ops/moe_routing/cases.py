@@ -39,7 +39,7 @@ CASES: tuple[Case, ...] = (
     _case("softmax-T5-E7-K2", 5, 7, 2, quick=True),
     _case("softmax-losses-T17-E13-K4", 17, 13, 4, quick=True, renormalize=True, **LOSSES),
     _case("sigmoid-groups-T9-E24-K4", 9, 24, 4, quick=True, **V3, **LOSSES),
-    # the two expert shapes of docs/benchmarks.md, then one layer of Qwen3-30B-A3B and a DeepSeek-V3 router
+    # the two expert shapes measured in docs, a layer of Qwen3-30B-A3B, a DeepSeek-V3 router
     _case("qwen2-T2048-E60-K4", 2048, 60, 4, **LOSSES),
     _case("demo-T2048-E16-K2", 2048, 16, 2, renormalize=True, **LOSSES),
     _case("qwen3-T16384-E128-K8", 16384, 128, 8, renormalize=True),
