@@ -84,7 +84,7 @@ def teach(
     train_steps(
         modules,
         optimizers,
-        _rows(lessons, config, seed, stream, config.steps),
+        batches_of(lessons, config, seed, stream, config.steps),
         loss_of,
         config,
         stage=stage,
@@ -94,9 +94,10 @@ def teach(
     )
 
 
-def _rows(
+def batches_of(
     lessons: Lessons, config: TrainingConfig, seed: int, stream: str, steps: int
 ) -> Callable[[int], Iterable[Tensor]]:
+    """The rows [B] of every batch from a step on; one stream and seed see the same ones."""
     stream_seed = seeding.seed_for(seed, stream)
 
     def batches(start: int) -> Iterable[Tensor]:
@@ -143,7 +144,7 @@ def _warm_views(
     train_steps(
         {"views": views},
         optimizers,
-        _rows(
+        batches_of(
             Lessons(lessons.sequences, lessons.teacher, weights_S),
             config,
             seed,

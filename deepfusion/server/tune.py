@@ -12,15 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import seeding
 from ..checkpoints import StepCheckpoint
 from ..config_tables import MergeConfig, TuneConfig
-from ..data.batches import Packed, rows
+from ..data.batches import Packed
 from ..metrics import Recorder
 from ..models import experts
 from .affinity import balanced_weights, best_teacher
 from .fused import fused_experts
-from .lessons import Lessons, teach
+from .lessons import Lessons, batches_of, teach
 from .router import RouterTap, balance_loss, supervision_loss
 from .teaching import Teaching
 
@@ -132,19 +131,22 @@ def lessons_of(
         teacher_S = sequences.domain.new_full((len(sequences),), -1)
     else:
         teacher_S = best_teacher(affinity_SK, config.teacher_threshold)
-    weights_S = balanced_weights(sequences.domain) if config.balance_text else None
-    return Lessons(sequences, teacher_S, weights_S)
+    return Lessons(sequences, teacher_S, _weights(sequences, config))
 
 
 def drawn(sequences: Packed, config: TuneConfig, seed: int) -> Tensor:
     """The rows of `sequences` that tune, direct and the dense control see, ascending."""
-    weights_S = balanced_weights(sequences.domain) if config.balance_text else None
-    stream_seed = seeding.seed_for(seed, STREAM)
-    batches = rows(len(sequences), config.batch_size, config.steps, stream_seed, weights=weights_S)
+    nobody_S = sequences.domain.new_full((len(sequences),), -1)
+    lessons = Lessons(sequences, nobody_S, _weights(sequences, config))
     is_drawn_S = torch.zeros(len(sequences), dtype=torch.bool)
-    for batch_B in batches:
+    for batch_B in batches_of(lessons, config, seed, STREAM, config.steps)(0):
         is_drawn_S[batch_B] = True
     return is_drawn_S.nonzero().flatten()
+
+
+def _weights(sequences: Packed, config: TuneConfig) -> Tensor | None:
+    """How often each sequence is drawn [S]; None: evenly."""
+    return balanced_weights(sequences.domain) if config.balance_text else None
 
 
 def freeze(moe: nn.Module, train: str, merge: MergeConfig) -> None:
