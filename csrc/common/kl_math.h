@@ -46,16 +46,17 @@ DF_FN A rescale(A d) {
   return d == A(0) ? A(1) : std::exp(d);
 }
 
-// NOTE: a factor of 0 erases sums over columns that were all missing; they may be infinite.
+// NOTE: a factor of 0 erases weighted sums over columns all missing: they may be infinite.
 template <typename A>
 DF_FN A scaled(A sum, A factor) {
   return factor == A(0) ? A(0) : sum * factor;
 }
 
+// NOTE: not scaled(): l is never infinite, and its NaN must outlive columns that are all missing.
 template <typename A>
 DF_FN ExpSum<A> merge(const ExpSum<A>& x, const ExpSum<A>& y, A inv_tau) {
   const A m = x.m > y.m ? x.m : y.m;
-  return {m, scaled(x.l, rescale((x.m - m) * inv_tau)) + scaled(y.l, rescale((y.m - m) * inv_tau))};
+  return {m, x.l * rescale((x.m - m) * inv_tau) + y.l * rescale((y.m - m) * inv_tau)};
 }
 
 // Partial sums over some columns of a row. Shifted by the maxima, so that a common offset of the

@@ -264,3 +264,21 @@ def test_every_element_is_written(
         shared = min(V_s, V_t)
         assert not gradients[0][:, shared:].any()
         assert not gradients[1][:, shared:].any()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("spoiled", ["student", "teacher"])
+def test_nan_shows_where_the_block_around_it_is_missing(
+    backend: str, device: torch.device, divergence: str, spoiled: str
+) -> None:
+    """Columns on both sides missing but for one NaN: what follows must not erase it."""
+    student, teacher = sides(device, T=2, V=9000)
+    student, teacher = (spoil(one, (0, slice(5000)), -INF) for one in (student, teacher))
+    if spoiled == "student":
+        student = spoil(student, (0, 77), math.nan)
+    else:
+        teacher = spoil(teacher, (0, 77), math.nan)
+    options: dict[str, Any] = {"divergence": divergence, "backend": backend}
+    rows, gradient = rows_and_gradient(student, teacher, **options)
+    assert rows.isnan().tolist() == [True, False]
+    assert gradient.isnan().any(-1).tolist() == [True, False]

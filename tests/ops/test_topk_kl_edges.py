@@ -83,6 +83,16 @@ def test_infinities_stay_in_their_row(backend: str) -> None:
     assert rows[3:].isfinite().all()
 
 
+def test_nan_shows_where_the_block_around_it_is_missing(backend: str) -> None:
+    logits = torch.randn(2, 9000)
+    logits[0, :5000] = -torch.inf
+    logits[0, 77] = torch.nan
+    ids = torch.tensor([[8000, 8500]]).expand(2, 2)
+    logprobs = torch.full((2, 2), 0.25).log()
+    rows = topk_kl_distillation(logits, ids, logprobs, reduction="none", backend=backend)
+    assert rows.isnan().tolist() == [True, False]
+
+
 def test_slices_and_leading_dimensions(backend: str) -> None:
     logits, (ids, logprobs) = torch.randn(2, 5, 7), teacher_of(8, 7, 3)
     ids, logprobs = ids.view(2, 4, 3), logprobs.view(2, 4, 3).float()

@@ -2,6 +2,7 @@
 
 forward : one sweep for the sums (jsd a second one for K_s, K_t), 8 statistics a row
 backward: one sweep, reads both logits and the statistics, writes each wanted gradient once
+Fewer rows than twice the multiprocessors: several programs a row, each on a part of its columns.
 """
 
 from __future__ import annotations
@@ -15,6 +16,12 @@ from ..._triton import triton
 from ..shared.kl_options import DIVERGENCES
 from .options import Options
 from .triton_rows import _kl_backward_kernel, _kl_forward_kernel
+from .triton_split import (
+    _jsd_merge_kernel,
+    _jsd_partial_kernel,
+    _kl_merge_kernel,
+    _kl_partial_kernel,
+)
 
 # m_s, ln l_s, m_t, ln l_t, k_s, k_t, m_1, ln l_1: the order of csrc/common/kl_math.h
 SAVED = 8
@@ -24,6 +31,7 @@ SAVED = 8
 BLOCK_V = (4096, 4096, 2048)
 CAPPED_BLOCK_V = 2048
 LAUNCH = {"num_warps": 8, "maxnreg": 128}
+MERGE_LAUNCH = {"num_warps": 1, "maxnreg": 128}
 
 
 def declines(name: str, tensor: Tensor, **facts: Any) -> str | None:
@@ -40,6 +48,21 @@ def _side(logits: Tensor) -> tuple[Tensor, int, int, int]:
 def _block(V: int, divergence: int, options: Options) -> int:
     block = CAPPED_BLOCK_V if options.softcap else BLOCK_V[divergence]
     return int(min(block, max(16, triton.next_power_of_2(V))))
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """Of the tensor's GPU; 0 under the interpreter, where nothing is gained by splitting a row."""
+    if not tensor.is_cuda:
+        return 0
+    return int(torch.cuda.get_device_properties(tensor.device).multi_processor_count)
+
+
+def split(T: int, V: int, block: int, processors: int) -> tuple[int, int]:
+    """Programs a row, so that all have at least two a multiprocessor, and columns of each."""
+    blocks = triton.cdiv(V, block)
+    segments = min(blocks, max(1, triton.cdiv(2 * processors, T)))
+    span = triton.cdiv(blocks, segments) * block
+    return triton.cdiv(V, span), span
 
 
 def forward(
@@ -59,30 +82,56 @@ def forward(
     if T == 0:
         return loss, stats
     divergence = DIVERGENCES.index(options.divergence)
-    shared_sum = options.temperature == 1.0 and V_s == V_kd
+    sides = _side(student), None if teacher is None else _side(teacher)
+    scalars = (
+        options.beta,
+        1 / options.temperature,
+        options.kd_scale,
+        options.ce_weight,
+        options.softcap,
+    )
+    how: dict[str, Any] = {
+        "DIVERGENCE": divergence,
+        "CAPPED": options.softcap != 0.0,
+        "OWN_SUM": labels is not None and not (options.temperature == 1.0 and V_s == V_kd),
+        "BLOCK_V": _block(V_s, divergence, options),
+    }
+    segments, span = split(T, V_s, how["BLOCK_V"], multiprocessors(student))
     with torch.cuda.device_of(student):
-        _kl_forward_kernel[(T,)](
-            _side(student),
-            None if teacher is None else _side(teacher),
-            labels,
-            keep,
-            loss,
-            stats,
-            (V_s, V_kd),
-            (
-                options.beta,
-                1 / options.temperature,
-                options.kd_scale,
-                options.ce_weight,
-                options.softcap,
-            ),
-            DIVERGENCE=divergence,
-            CAPPED=options.softcap != 0.0,
-            OWN_SUM=labels is not None and not shared_sum,
-            BLOCK_V=_block(V_s, divergence, options),
-            **LAUNCH,
-        )
+        if segments == 1:
+            _kl_forward_kernel[(T,)](
+                *sides, labels, keep, loss, stats, (V_s, V_kd), scalars, **how, **LAUNCH
+            )
+        else:
+            _forward_in_parts(sides, labels, keep, loss, stats, (V_s, V_kd), span, scalars, how)
     return loss, stats
+
+
+def _forward_in_parts(
+    sides: tuple[Any, Any],
+    labels: Tensor | None,
+    keep: Tensor | None,
+    loss: Tensor,
+    stats: Tensor,
+    columns: tuple[int, int],
+    span: int,
+    scalars: tuple[float, ...],
+    how: dict[str, Any],
+) -> None:
+    T, segments = loss.shape[0], triton.cdiv(columns[0], span)
+    part = loss.new_empty(T, segments, SAVED)
+    _kl_partial_kernel[(T, segments)](*sides, keep, part, columns, span, scalars, **how, **LAUNCH)
+    with_kd, capped = sides[1] is not None, how["CAPPED"]
+    _kl_merge_kernel[(T,)](
+        *(sides[0], labels, keep, part, loss, stats, columns[0], segments, scalars),
+        WITH_KD=with_kd, DIVERGENCE=how["DIVERGENCE"], CAPPED=capped, **MERGE_LAUNCH,
+    )  # fmt: skip
+    if with_kd and how["DIVERGENCE"] == DIVERGENCES.index("jsd"):
+        _jsd_partial_kernel[(T, segments)](
+            *sides, keep, part, stats, columns[1], span, scalars,
+            CAPPED=capped, BLOCK_V=how["BLOCK_V"], **LAUNCH,
+        )  # fmt: skip
+        _jsd_merge_kernel[(T,)](keep, part, loss, stats, segments, scalars, **MERGE_LAUNCH)
 
 
 def backward(
@@ -106,8 +155,10 @@ def backward(
         return dstudent, dteacher
     divergence = DIVERGENCES.index(options.divergence)
     kd_scale = options.kd_scale / options.temperature
+    V, block = max(V_s, V_t), _block(max(V_s, V_t), divergence, options)
+    segments, span = split(T, V, block, multiprocessors(student))
     with torch.cuda.device_of(student):
-        _kl_backward_kernel[(T,)](
+        _kl_backward_kernel[(T, segments)](
             dloss.contiguous(),
             _side(student),
             None if teacher is None else _side(teacher),
@@ -116,7 +167,7 @@ def backward(
             stats,
             dstudent if needs_dstudent else None,
             dteacher if needs_dteacher else None,
-            (V_s, V_t, min(V_s, V_t)),
+            (V_s, V_t, min(V_s, V_t), span),
             (
                 options.beta,
                 1 / options.temperature,
@@ -126,7 +177,7 @@ def backward(
             ),
             DIVERGENCE=divergence,
             CAPPED=options.softcap != 0.0,
-            BLOCK_V=_block(max(V_s, V_t), divergence, options),
+            BLOCK_V=block,
             **LAUNCH,
         )
     return dstudent, dteacher

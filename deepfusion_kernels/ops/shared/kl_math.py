@@ -28,7 +28,10 @@ def load_clean(row_ptr, v, v_ok):
 
 @triton.jit
 def rescaled(total, factor):
-    """A factor of 0 erases sums over columns that were all missing; they may be infinite."""
+    """A factor of 0 erases weighted sums over columns that were all missing: they may be infinite.
+
+    Plain sums of exponentials never are, and a NaN among them must survive: they are multiplied.
+    """
     return tl.where(factor == 0.0, 0.0, total * factor)
 
 
@@ -36,7 +39,7 @@ def rescaled(total, factor):
 def add_exp_sum(m, l, x, k):
     """Running maximum and sum of 2^((x - m) k) over one more block."""
     n = tl.maximum(m, tl.max(x, 0))
-    return n, rescaled(l, tl.exp2((m - n) * k)) + tl.sum(tl.exp2((x - n) * k), 0)
+    return n, l * tl.exp2((m - n) * k) + tl.sum(tl.exp2((x - n) * k), 0)
 
 
 @triton.jit
@@ -63,9 +66,32 @@ def add_kl(state, s, t, inv_tau, DIVERGENCE: tl.constexpr):
     if DIVERGENCE == 1:
         weighted = rescaled(weighted + l_s * (u_s - u_t), f_s) - tl.sum(e_s * gap, 0)
         infinite += tl.sum(((t <= MISSING) & (s > MISSING)).to(tl.int32), 0)
-    l_s = rescaled(l_s, f_s) + tl.sum(e_s, 0)
-    l_t = rescaled(l_t, f_t) + tl.sum(e_t, 0)
+    l_s = l_s * f_s + tl.sum(e_s, 0)
+    l_t = l_t * f_t + tl.sum(e_t, 0)
     return n_s, l_s, n_t, l_t, weighted, infinite
+
+
+@triton.jit
+def merge_kl(x, y, inv_tau, DIVERGENCE: tl.constexpr):
+    """The sums of two sets of columns, each as add_kl's, as those of their union."""
+    x_m_s, x_l_s, x_m_t, x_l_t, x_weighted, x_infinite = x
+    y_m_s, y_l_s, y_m_t, y_l_t, y_weighted, y_infinite = y
+    n_s = tl.maximum(x_m_s, y_m_s)
+    n_t = tl.maximum(x_m_t, y_m_t)
+    x_s, x_t = (x_m_s - n_s) * inv_tau, (x_m_t - n_t) * inv_tau
+    y_s, y_t = (y_m_s - n_s) * inv_tau, (y_m_t - n_t) * inv_tau
+    f_s, f_t = tl.exp2(x_s * LOG2E), tl.exp2(x_t * LOG2E)
+    g_s, g_t = tl.exp2(y_s * LOG2E), tl.exp2(y_t * LOG2E)
+    weighted = 0.0
+    if DIVERGENCE == 0:
+        weighted = rescaled(x_weighted + x_l_t * (x_t - x_s), f_t)
+        weighted += rescaled(y_weighted + y_l_t * (y_t - y_s), g_t)
+    if DIVERGENCE == 1:
+        weighted = rescaled(x_weighted + x_l_s * (x_s - x_t), f_s)
+        weighted += rescaled(y_weighted + y_l_s * (y_s - y_t), g_s)
+    l_s = x_l_s * f_s + y_l_s * g_s
+    l_t = x_l_t * f_t + y_l_t * g_t
+    return n_s, l_s, n_t, l_t, weighted, x_infinite + y_infinite
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..._triton import tl, triton
-from ..shared.kl_math import LOG2E, MISSING, add_exp_sum, load_clean, log_prob, log_sum, rescaled
+from ..shared.kl_math import LOG2E, MISSING, add_exp_sum, load_clean, log_prob, log_sum
 from ..shared.kl_options import DIVERGENCES
 from .problem import TAILS, Problem
 from .triton_logprobs import select as select
@@ -75,8 +75,8 @@ def _sweep(
             high = tl.sum(_high(e), 0) - tl.sum(_high(e_k), 0)
             low = tl.sum(e - _high(e), 0) - tl.sum(e_k - _high(e_k), 0)
             rest = high + low
-            outside = rescaled(outside, factor) + tl.where(rest < 0.0, 0.0, rest)
-            kept = rescaled(kept, factor) + tl.sum(e_k, 0)
+            outside = outside * factor + tl.where(rest < 0.0, 0.0, rest)
+            kept = kept * factor + tl.sum(e_k, 0)
             m = n
         if OWN_SUM:
             m_1, l_1 = add_exp_sum(m_1, l_1, s, LOG2E)
