@@ -46,7 +46,7 @@ def assess(
         scores["split"] = here.config.evaluate.split
         scores["not_checked"] = _not_checked(here, text)
         here.write("evaluation.json", scores)
-        _compare_bytes(here, text, library)
+        _compare_bytes(here, text, library, len(clusters))
 
     before = [last, "gate", "cluster", *made]
     here.stage("evaluate", before, ["evaluation.json"], work, reads=["evaluate", "controls"])
@@ -166,12 +166,12 @@ def _student(here: Run, library: Library, index: int) -> Any:
     return library.dense(load_state(here.folder / library.student(index))[0])
 
 
-def _compare_bytes(here: Run, text: Text, library: Library) -> None:
+def _compare_bytes(here: Run, text: Text, library: Library, num_clusters: int) -> None:
     config = here.config
     moe = library.saved(library.MOE)
     total = sum(parameter.numel() for parameter in moe.parameters())
     routed = sum(p.numel() for name, p in moe.named_parameters() if ".experts." in name)
-    kept = routed * config.merge.top_k / config.cluster.num_clusters
+    kept = routed * config.merge.top_k / num_clusters
     alike = len(set(config.devices.architectures)) == 1
     base = sum(parameter.numel() for parameter in library.saved("base").parameters())
     Ledger(here.folder / "ledger").compare(

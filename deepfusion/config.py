@@ -28,6 +28,7 @@ from .config_tables import (
     EvaluateConfig,
     FederationConfig,
     MergeConfig,
+    QuarantineConfig,
     RunConfig,
     TuneConfig,
     UploadConfig,
@@ -61,6 +62,7 @@ class Config:
     devices: DevicesConfig = field(default_factory=DevicesConfig)
     upload: UploadConfig = field(default_factory=UploadConfig)
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    quarantine: QuarantineConfig = field(default_factory=QuarantineConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -96,6 +98,7 @@ TABLES: dict[str, type] = {
     "devices": DevicesConfig,
     "upload": UploadConfig,
     "embedding": EmbeddingConfig,
+    "quarantine": QuarantineConfig,
     "cluster": ClusterConfig,
     "base": BaseConfig,
     "distill": DistillConfig,

@@ -23,6 +23,7 @@ def contradictions(config: Config) -> Iterator[str]:
     yield from _distillation(config)
     yield from _bridge(config)
     yield from _mixture(config)
+    yield from _trust(config)
 
 
 def _devices(config: Config) -> Iterator[str]:
@@ -134,3 +135,20 @@ def _mixture(config: Config) -> Iterator[str]:
             f"base.model must have the attention of merge.target = {merge.target!r}, "
             f"got {config.base.model!r}"
         )
+
+
+def _trust(config: Config) -> Iterator[str]:
+    if config.cluster.robust != "none" and config.cluster.weights != "uniform":
+        yield (
+            "cluster.weights must be 'uniform' with cluster.robust = "
+            f"{config.cluster.robust!r}, got {config.cluster.weights!r}: a token count is what "
+            "the device says"
+        )
+    if config.quarantine.action == "exclude" and config.data.public == "general":
+        yield (
+            "quarantine.action must be 'report' or 'none' with data.public = 'general', got "
+            "'exclude': without public text of its own domain an honest specialist looks bad"
+        )
+    taught = config.tune.teacher_weight > 0 or config.run.recipe == "direct"
+    if config.tune.agreement and not taught:
+        yield "tune.agreement must be false where tune.teacher_weight = 0, got true"

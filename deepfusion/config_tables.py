@@ -126,6 +126,11 @@ class ClusterConfig:
     center: bool = key(True, "subtract the mean embedding; false: the paper's raw cosine")
     weights: str = key("uniform", "weights of a cluster's mean", options=("uniform", "tokens"))
     restarts: int = key(10, "starts of k-means; the best one counts", least=1)
+    robust: str = key(
+        "none",
+        "average that one bad member cannot own; clusters of 3 and more",
+        options=("none", "clip", "median", "trimmed"),
+    )
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,22 @@ class TuneConfig(TrainingConfig):
     balance_text: bool = key(True, "public text evenly over domains")
     router_supervision: float = key(0.0, "cross entropy of the router to the domain", least=0.0)
     optimizer: str = key("muon", "muon: matrices by Muon, rest by AdamW", options=OPTIMIZERS)
+    agreement: bool = key(
+        False, "two teachers a sequence, neither with more than half the KL's weight"
+    )
+
+
+@dataclass(frozen=True)
+class QuarantineConfig:
+    """Uploads scored on public text before any of them teaches."""
+
+    action: str = key(
+        "report", "leave out, tell, or do not score", options=("exclude", "report", "none")
+    )
+    bound: float = key(
+        0.5, "nats per token over the uploads' median, in each domain for itself", above=0.0
+    )
+    sequences: int = key(16, "public sequences of each domain", least=1)
 
 
 @dataclass(frozen=True)

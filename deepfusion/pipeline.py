@@ -1,7 +1,7 @@
 """The stages in order: the only file that knows two of them.
 
-    text -> base, starts -> gather -> gate -> cluster -> distill -> merge -> tune -> controls
-         -> evaluate -> report
+    text -> base, starts -> gather -> gate -> quarantine -> cluster -> distill -> merge -> tune
+         -> controls -> evaluate -> report
 
 Recipe "direct" has no students: the base is upcycled and the proxies teach the mixture itself.
 """
@@ -9,6 +9,7 @@ Recipe "direct" has no students: the base is upcycled and the proxies teach the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,12 @@ from .server.direct import direct
 from .server.distill import distill
 from .server.fit import fit
 from .server.merge import merge
+from .server.robust import robust_average
 from .server.router_init import RouterText
 from .server.tune import drawn, tune
 from .stages import Run
 from .training import train_causal_lm
+from .trust import allowed, clusters_for, trusted
 from .uploads import Gather, collect, good_updates
 from .wire.expected import ArchitectureSpec, Expected, save_expected
 from .wire.package import read_state, state_revision
@@ -53,9 +56,11 @@ def run(config: Config, gather: Gather = in_process) -> Path:
     _base(here, text, library)
     encode, expected = _starts(here, text.for_devices(), library)
     collect(here, text, expected, gather)
-    updates = good_updates(here, expected)
+    good = good_updates(here, expected)
+    updates = trusted(here, text.device_sequences, library, expected, good)
     clusters = _clusters(here, text, expected, updates)
-    nearness = _nearness(here, text, library, encode, clusters)
+    found = _nearness(here, text, library, encode, clusters)
+    nearness = allowed(here, found, text.sequences, clusters)
     if config.run.recipe == "direct":
         _direct(here, text, library, clusters, nearness)
     else:
@@ -126,7 +131,8 @@ def _starts(here: Run, text: Text, library: Library) -> tuple[Encoder, Expected]
 def _clusters(
     here: Run, text: Text, expected: Expected, updates: Sequence[DeviceUpdate]
 ) -> list[Cluster]:
-    config = here.config
+    count = clusters_for(here.config.cluster, len(updates))
+    config = replace(here.config.cluster, num_clusters=count)
     folder = here.folder / "proxies"
 
     def read(update: DeviceUpdate) -> dict[str, Tensor]:
@@ -134,17 +140,21 @@ def _clusters(
         return read_state(update.folder, update.manifest, base)
 
     def work() -> None:
-        found = cluster(updates, read, config.cluster, config.run.seed)
+        bases = {name: one.base for name, one in expected.architectures.items()}
+        average = robust_average(config.robust, bases)
+        found = cluster(updates, read, config, here.config.run.seed, average)
         for one in found:
             save_state(folder / f"{one.index}.safetensors", one.proxy)
             space = {"centre": one.centre, "origin": one.origin}
             facts = {"architecture": one.architecture, "members": list(one.members)}
             save_state(folder / f"{one.index}-space.safetensors", space, facts)
         labels = {f"device-{index:02d}": text.label(index) for index in range(len(text.shards))}
-        here.write("clusters.json", clustering_facts(found, updates, labels))
+        here.write("clusters.json", clustering_facts(found, updates, labels, config.robust))
 
-    here.stage("cluster", ["gate"], ["proxies", "clusters.json"], work, reads=["cluster"])
-    return [_read_cluster(folder, index) for index in range(config.cluster.num_clusters)]
+    # who may go on is an input: all that passed the gate, unless the quarantine took some
+    before = ["gate", *(["quarantine"] if here.config.quarantine.action == "exclude" else [])]
+    here.stage("cluster", before, ["proxies", "clusters.json"], work, reads=["cluster"])
+    return [_read_cluster(folder, index) for index in range(count)]
 
 
 def _read_cluster(folder: Path, index: int) -> Cluster:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import files, plots
+from .report_trust import quarantine_table, robust_sentence
 from .wire.audit import verify
 
 Table = list[list[str]]
@@ -164,7 +165,13 @@ def _clusters(run_folder: Path) -> list[Section]:
         for name, value in facts.items()
         if isinstance(value, float)
     )
-    return [Section("Clusters", f"{said}." if said else "", rows)]
+    robust = robust_sentence(facts, str(facts.get("robust", "none")))
+    return [Section("Clusters", f"{said}.{robust}" if said else robust.strip(), rows)]
+
+
+def _quarantine(run_folder: Path) -> list[Section]:
+    facts = _json(run_folder / "quarantine.json")
+    return [Section("Quarantine", *quarantine_table(facts))] if facts else []
 
 
 def _costs(records: Sequence[Mapping[str, Any]]) -> list[Section]:
@@ -216,6 +223,7 @@ def sections(run_folder: Path) -> tuple[str, list[Section]]:
         curves,
         *_communication(ledger),
         *_devices(run_folder, ledger),
+        *_quarantine(run_folder),
         *_clusters(run_folder),
         *_costs(records),
         privacy,

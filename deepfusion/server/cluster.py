@@ -2,13 +2,14 @@
 
 e_n' = l2(e_n - mean e)         (center; the raw e_n where that is zero)
 C_1..C_K = spherical k-means of the e_n' inside every architecture
-p_i = sum_{n in C_i} w_n m_n    w_n = 1/|C_i|, or tokens_n / sum tokens
+p_i = sum_{n in C_i} w_n m_n    w_n = 1/|C_i|, or tokens_n / sum tokens; or server/robust.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from .. import seeding
 from ..config_tables import ClusterConfig
 from ..messages import DeviceUpdate
 from .kmeans import spherical_kmeans, unit
-from .proxy import mean_state
+from .robust import Average, LoadState, robust_average, rule_of
 
-LoadState = Callable[[DeviceUpdate], Mapping[str, Tensor]]
+SILHOUETTE_POINTS = 2000  # of an architecture: the figure costs their square
 
 
 @dataclass(frozen=True)
@@ -40,48 +41,69 @@ class Cluster:
     proxy: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Group:
+    """Uploads of one cell, ordered by device, and its centre [r] in the clustering space."""
+
+    members: tuple[DeviceUpdate, ...]
+    centre: Tensor
+    origin: Tensor
+
+
 def cluster(
-    updates: Sequence[DeviceUpdate], load_state: LoadState, config: ClusterConfig, seed: int
+    updates: Sequence[DeviceUpdate],
+    load_state: LoadState,
+    config: ClusterConfig,
+    seed: int,
+    average: Average | None = None,
 ) -> list[Cluster]:
     """Groups uploads inside each architecture and averages every group; ordered by smallest device
     id.
 
-    load_state gives an upload's tensors; it is called once per device, one device at a time.
-    Raises ValueError unless A <= num_clusters <= N for A architectures and N uploads.
+    load_state gives an upload's tensors, one device at a time; average makes a proxy of a cluster's
+    devices, by default as cluster.robust says. Raises ValueError unless A <= num_clusters <= N for
+    A architectures and N uploads.
     """
+    average = average or robust_average(config.robust)
+    found = []
+    for index, cell in enumerate(group(updates, config, seed)):
+        found.append(
+            Cluster(
+                index=index,
+                architecture=cell.members[0].architecture,
+                members=tuple(update.device for update in cell.members),
+                centre=cell.centre.float(),
+                origin=cell.origin.float(),
+                proxy=average(cell.members, load_state, config.weights),
+            )
+        )
+    return found
+
+
+def group(updates: Sequence[DeviceUpdate], config: ClusterConfig, seed: int) -> list[Group]:
+    """The cells of like knowledge inside each architecture, ordered by smallest device id."""
     devices = sorted(updates, key=lambda update: update.device)
-    names = [update.device for update in devices]
-    if len(set(names)) != len(names):
-        raise ValueError(f"cluster: every device may send one update, got {names}")
+    twice = [one.device for one, next_one in pairwise(devices) if one.device == next_one.device]
+    if twice:
+        raise ValueError(f"cluster: every device may send one update, {twice[0]} sent more")
     points, origin = clustering_space(devices, config.center)
     rows: dict[str, list[int]] = {}
     for row, update in enumerate(devices):
         rows.setdefault(update.architecture, []).append(row)
-    shares = share_out({name: len(group) for name, group in rows.items()}, config.num_clusters)
+    shares = share_out({name: len(inside) for name, inside in rows.items()}, config.num_clusters)
 
-    groups: list[tuple[list[int], Tensor]] = []
+    cells: list[tuple[list[int], Tensor]] = []
     for name in sorted(rows):
         generator = seeding.generator(seed, "cluster", name)
-        cells, centres, _ = spherical_kmeans(
+        own, centres, _ = spherical_kmeans(
             points[rows[name]], shares[name], config.restarts, generator
         )
-        for cell in range(shares[name]):
-            inside = [
-                row for row, owner in zip(rows[name], cells.tolist(), strict=True) if owner == cell
-            ]
-            groups.append((inside, centres[cell]))
-    groups.sort(key=lambda group: names[group[0][0]])
-    return [
-        Cluster(
-            index=index,
-            architecture=devices[inside[0]].architecture,
-            members=tuple(names[row] for row in inside),
-            centre=centre.float(),
-            origin=origin.float(),
-            proxy=mean_state([devices[row] for row in inside], load_state, config.weights),
-        )
-        for index, (inside, centre) in enumerate(groups)
-    ]
+        inside: list[list[int]] = [[] for _ in range(shares[name])]
+        for row, owner in zip(rows[name], own.tolist(), strict=True):
+            inside[owner].append(row)
+        cells += zip(inside, centres, strict=True)
+    cells.sort(key=lambda cell: cell[0][0])
+    return [Group(tuple(devices[row] for row in own), centre, origin) for own, centre in cells]
 
 
 def clustering_space(devices: Sequence[DeviceUpdate], center: bool) -> tuple[Tensor, Tensor]:
@@ -122,12 +144,15 @@ def clustering_facts(
     clusters: Sequence[Cluster],
     updates: Sequence[DeviceUpdate],
     labels: Mapping[str, str] | None = None,
+    robust: str = "none",
 ) -> dict[str, Any]:
     """What clusters.json holds: members, objective, silhouette, and the adjusted Rand index to
     `labels`.
 
     The silhouette (cosine distance) is taken inside each architecture, as the clusters are; None
-    where no architecture has it defined: one cluster, or one per device.
+    where no architecture has it defined: one cluster, or one per device. It is taken on at most
+    SILHOUETTE_POINTS devices of each, evenly spaced. robust: cluster.robust, told per cluster as it
+    really applied.
     """
     from sklearn.metrics import adjusted_rand_score
 
@@ -139,9 +164,15 @@ def clustering_facts(
     truth = [labels[update.device] for update in devices] if labels is not None else None
     return {
         "clusters": [
-            {"index": c.index, "architecture": c.architecture, "members": list(c.members)}
+            {
+                "index": c.index,
+                "architecture": c.architecture,
+                "members": list(c.members),
+                "robust": rule_of(robust, len(c.members)),
+            }
             for c in clusters
         ],
+        "robust": robust,
         "objective": float((points * centres[cells]).sum()),
         "silhouette": _silhouette(points, cells, [update.architecture for update in devices]),
         "adjusted_rand_index": float(adjusted_rand_score(truth, cells)) if truth else None,
@@ -154,6 +185,7 @@ def _silhouette(points: Tensor, cells: Sequence[int], kinds: Sequence[str]) -> f
     values: list[float] = []
     for kind in sorted(set(kinds)):
         inside = [row for row, own in enumerate(kinds) if own == kind]
+        inside = inside[:: -(-len(inside) // SILHOUETTE_POINTS)]
         labels = [cells[row] for row in inside]
         if 1 < len(set(labels)) < len(labels):
             values += silhouette_samples(points[inside].numpy(), labels, metric="cosine").tolist()

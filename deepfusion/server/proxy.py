@@ -35,12 +35,10 @@ def mean_state(
     for device, share in zip(devices, shares, strict=True):
         state = load_state(device)
         if not means:
-            ties = _ties(state)
+            ties = ties_of(state)
             kinds = {name: state[name].dtype for name in ties}
         elif state.keys() != ties.keys():
-            raise ValueError(
-                f"cluster: {device.device} must hold the tensors of {devices[0].device}"
-            )
+            raise _unlike(device.device, devices[0].device)
         for name, first in ties.items():
             if name == first:
                 _accumulate(means, name, state[name], share, device.device)
@@ -60,7 +58,7 @@ def _shares(devices: Sequence[DeviceUpdate], weights: str) -> list[float]:
     return [count / total for count, total in zip(counts, accumulate(counts), strict=True)]
 
 
-def _ties(state: Mapping[str, Tensor]) -> dict[str, str]:
+def ties_of(state: Mapping[str, Tensor]) -> dict[str, str]:
     """Every name with the first name that holds the same memory."""
     seen: dict[tuple[int, ...], str] = {}
     ties = {}
@@ -75,21 +73,50 @@ def _ties(state: Mapping[str, Tensor]) -> dict[str, str]:
     return ties
 
 
+def expect_alike(
+    state: Mapping[str, Tensor],
+    first: Mapping[str, Tensor],
+    ties: Mapping[str, str],
+    device: str,
+    first_device: str,
+) -> None:
+    """Names and shapes of one member's tensors against the first's; integers must be equal.
+
+    Raises ValueError naming device and tensor.
+    """
+    if state.keys() != first.keys():
+        raise _unlike(device, first_device)
+    for name in ties:
+        _expect_shape(name, state[name], first[name], device)
+        if not state[name].is_floating_point() and not torch.equal(state[name], first[name]):
+            raise _unequal(name, device)
+
+
+def _unlike(device: str, first_device: str) -> ValueError:
+    return ValueError(f"cluster: {device} must hold the tensors of {first_device}")
+
+
+def _unequal(name: str, device: str) -> ValueError:
+    return ValueError(f"cluster: {device}: integer tensor {name!r} differs; it cannot be averaged")
+
+
+def _expect_shape(name: str, tensor: Tensor, wanted: Tensor, device: str) -> None:
+    if tensor.shape != wanted.shape:
+        raise ValueError(
+            f"cluster: {device}: tensor {name!r} must be {list(wanted.shape)}, "
+            f"got {list(tensor.shape)}"
+        )
+
+
 def _accumulate(
     means: dict[str, Tensor], name: str, tensor: Tensor, share: float, device: str
 ) -> None:
     exact = not tensor.is_floating_point()
     if name not in means:
         means[name] = tensor.clone() if exact else tensor.to(torch.float32, copy=True)
-    elif tensor.shape != means[name].shape:
-        raise ValueError(
-            f"cluster: {device}: tensor {name!r} must be {list(means[name].shape)}, "
-            f"got {list(tensor.shape)}"
-        )
-    elif exact:
-        if not torch.equal(tensor, means[name]):
-            raise ValueError(
-                f"cluster: {device}: integer tensor {name!r} differs; it cannot be averaged"
-            )
-    else:
+        return
+    _expect_shape(name, tensor, means[name], device)
+    if not exact:
         means[name].lerp_(tensor.float(), share)
+    elif not torch.equal(tensor, means[name]):
+        raise _unequal(name, device)
