@@ -65,7 +65,7 @@ def teach(
         # sorted by teacher: sequences of one teacher are one block, without a copy
         rows_B = rows_B[lessons.teacher[rows_B].argsort(stable=True)]
         teacher_B = lessons.teacher[rows_B]
-        terms = teaching.loss(ids_SL[rows_B], teacher_B, step)
+        terms = teaching.loss(ids_SL[rows_B], teacher_B, step, rows_B)
         if extra_loss is not None:
             extra = extra_loss(teacher_B)
             terms |= {"loss": terms["loss"] + extra, "router": extra.detach()}

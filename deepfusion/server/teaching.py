@@ -57,8 +57,12 @@ class Teaching:
         """How many stage features a forward pass must keep."""
         return self.num_stages if self.alpha > 0 and self.views else 0
 
-    def loss(self, ids_BL: Tensor, teacher_B: Tensor, step: int) -> dict[str, Tensor]:
+    def loss(
+        self, ids_BL: Tensor, teacher_B: Tensor, step: int, rows_B: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Terms of one batch: ids [B, L] int64, teacher [B] int64, -1 for none; sorted is fastest.
+
+        rows [B]: which public sequences these are, for teaching that knows more of each.
 
         "loss" is L; "feature" is L_FM; every TERMS_EVERY steps also "ce" and "kl", as means over
         all and over the taught tokens.

@@ -18,6 +18,7 @@ from ..data.batches import Packed
 from ..metrics import Recorder
 from ..models import experts
 from .affinity import balanced_weights, best_teacher
+from .agreement import agreed
 from .fused import fused_experts
 from .lessons import Lessons, batches_of, teach
 from .router import RouterTap, balance_loss, supervision_loss
@@ -88,6 +89,9 @@ def train_mixture(
     freeze(moe, config.train, merge)
     _check_router(moe, config)
     lessons = lessons_of(sequences, affinity_SK, teaching, config)
+    if config.agreement and teaching.teachers:
+        assert affinity_SK is not None, "lessons_of asks for it where there are teachers"
+        teaching = agreed(teaching, sequences, affinity_SK, config.teacher_threshold)
     with RouterTap(moe) as tap, fused_experts(moe, teaching.kernels):
 
         def router_loss(domain_B: Tensor) -> Tensor:

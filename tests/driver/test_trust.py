@@ -61,7 +61,7 @@ def _moved(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str,
 @pytest.fixture(scope="module")
 def guarded_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trust") / "run"
-    asked = ("quarantine.action=exclude", "cluster.robust=median")
+    asked = ("quarantine.action=exclude", "cluster.robust=median", "tune.agreement=true")
     pipeline.run(tiny(folder, *SWITCHED_OFF, *asked), lying)
     return folder
 
