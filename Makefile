@@ -1,4 +1,4 @@
-# One word each: demo, test, gpu, lint, bench, sanitize, clean.
+# One word each: demo, test, test-network, gpu, lint, bench, sanitize, clean.
 PY ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,13 +14,17 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 GPU := $(wildcard /dev/nvidiactl)$(shell nvidia-smi -L 2>/dev/null | grep -m1 '^GPU')
 DEMO_BUILD := $(if $(GPU)$(wildcard .stamps/build),.stamps/build,.stamps/build-cpu)
 
-.PHONY: demo test lint gpu bench sanitize ctest build clean
+.PHONY: demo test test-network lint gpu bench sanitize ctest build clean
 
 demo: $(DEMO_BUILD)
 	$(BIN)/deepfusion run examples/demo.toml $(if $(DATA),--set data.source=files --set data.path=$(DATA) --set run.output=runs/demo-files)
 
 test: .stamps/test .stamps/build lint ctest
 	$(BIN)/python -m pytest tests --durations=15
+
+# Real servers and devices on loopback, killed, starved and lied to: minutes of waiting for clocks.
+test-network: .stamps/test .stamps/build
+	$(BIN)/python -m pytest tests/network -m "" --durations=15
 
 lint: .stamps/test
 	$(BIN)/ruff check .

@@ -28,6 +28,7 @@ from .config_tables import (
     EvaluateConfig,
     FederationConfig,
     MergeConfig,
+    NetworkConfig,
     QuarantineConfig,
     RunConfig,
     TuneConfig,
@@ -70,6 +71,7 @@ class Config:
     tune: TuneConfig = field(default_factory=TuneConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     controls: ControlsConfig = field(default_factory=ControlsConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
 
     def to_toml(self, *, template: bool = False) -> str:
         """Every table and key with its value, meaning and options.
@@ -86,7 +88,8 @@ class Config:
 
     def hash(self, *tables: str) -> str:
         """SHA-256 of some tables' values, by default of all; where results go does not count."""
-        values = {name: asdict(getattr(self, name)) for name in tables or TABLES}
+        every = [name for name in TABLES if name not in APART_FROM_THE_RUN]
+        values = {name: asdict(getattr(self, name)) for name in tables or every}
         values.get("run", {}).pop("output", None)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -106,7 +109,10 @@ TABLES: dict[str, type] = {
     "tune": TuneConfig,
     "evaluate": EvaluateConfig,
     "controls": ControlsConfig,
+    "network": NetworkConfig,
 }
+# a run is the same run wherever its results go and over whatever network it is gathered
+APART_FROM_THE_RUN = ("network",)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

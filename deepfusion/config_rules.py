@@ -57,6 +57,11 @@ def _text(config: Config) -> Iterator[str]:
         yield f"data.domains must be different names, got {list(text.domains)}"
     if text.source != "made" and not text.path:
         yield f"data.path must be set for data.source = {text.source!r}, got ''"
+    if text.private == "own" and config.controls.centralised:
+        yield (
+            "controls.centralised must be false with data.private = 'own', got true: "
+            "nobody holds all text"
+        )
     if text.source == "files" and text.path and not Path(text.path).is_dir():
         yield f"data.path must be a folder, got {text.path!r}"
     if text.tokenizer and not Path(text.tokenizer).exists():

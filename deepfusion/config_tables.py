@@ -58,6 +58,11 @@ class DataConfig:
     dirichlet: float = key(0.3, "skew of topics over devices; small: strong", above=0.0)
     max_train_documents: int = key(0, "documents of one domain; 0: all", least=0)
     made_entities: int = key(160, "conditions and companies in the made world", least=8)
+    private: str = key(
+        "shares",
+        "devices hold shares of this text; or text of their own, and all of this is public",
+        options=("shares", "own"),
+    )
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,20 @@ class FederationConfig:
     deadline_seconds: int = key(3600, "after which nobody is waited for", least=1)
     workers: int = key(1, "devices trained at a time, one process each", least=1)
     rounds: int = key(1, "uploads of one device; the one-shot protocol knows one", options=(1,))
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Where this machine stands in a run over a network; each machine sets its own."""
+
+    address: str = key(
+        "127.0.0.1", "serve: interface to listen on; join: the server's name", some=True
+    )
+    port: int = key(8000, "the server's port", least=1, most=65535)
+    keys: str = key("keys/server", "folder made by `deepfusion keys`; a device: keys/device-00")
+    device: int = key(-1, "join, device: number of this device, from 0", least=-1)
+    data: str = key("", "join, device: folder of the text on this machine; empty: data.path")
+    plaintext: bool = key(False, "no encryption, no keys: a trial on one machine alone")
 
 
 @dataclass(frozen=True)

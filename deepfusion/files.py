@@ -15,11 +15,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PARTIAL = ".partial"
 CHUNK_BYTES = 1 << 20  # hashing is bound by SHA-256, not by the size of a read (unmeasured)
@@ -111,6 +112,9 @@ def write_json(path: Path, facts: Any) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
     """Write one safetensors file, whole or not at all; tensors must not share storage."""
+    # a process that answers one message of the network must not pay for torch
+    from safetensors.torch import save_file
+
     with whole(path) as partial:
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()}, partial, dict(facts)

@@ -10,11 +10,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PROTOCOL = 1
+
+
+def device_name(index: int) -> str:
+    """The one name that device `index` has in keys, messages, ledger and report."""
+    return f"device-{index:02d}"
 
 
 class UploadRefused(ValueError):

@@ -21,11 +21,11 @@ from .assess import assess
 from .checkpoints import load_state, save_model, save_state
 from .config import Config
 from .data.encoding import Encoder, fit_idf, make_encoder
-from .data.prepared import Text, prepare
+from .data.prepared import Text, documents_of, prepare
 from .device.gather import gather as in_process
 from .device.train import common_start
 from .library import Library
-from .messages import DeviceUpdate
+from .messages import DeviceUpdate, device_name
 from .models import build
 from .server.affinity import affinity
 from .server.cluster import Cluster, cluster, clustering_facts
@@ -39,7 +39,7 @@ from .server.tune import drawn, tune
 from .stages import Run
 from .training import train_causal_lm
 from .trust import allowed, clusters_for, trusted
-from .uploads import Gather, collect, good_updates
+from .uploads import Gather, collect, good_updates, job_of
 from .wire.expected import ArchitectureSpec, Expected, save_expected
 from .wire.package import read_state, state_revision
 
@@ -68,6 +68,33 @@ def run(config: Config, gather: Gather = in_process) -> Path:
         _merge_and_tune(here, text, library, clusters, nearness)
     assess(here, text, library, expected, updates, clusters, nearness)
     return report.write_report(here.folder)
+
+
+def one_device(config: Config, device: int) -> Path:
+    """Train and package one device, send nothing; return the folder of its package.
+
+    Raises what training raises; ValueError where the server's files are needed and are not there.
+    """
+    torch.set_num_threads(config.run.threads or torch.get_num_threads())
+    if config.data.private == "own":
+        return _with_own_text(config, device)
+    here = Run(config, Path(config.run.output))
+    text = prepare(config, here.folder / "tokenizer")
+    _starts(here, text.for_devices(), Library(here, text.tokenizer, text.device_tokenizer))
+    return in_process([job_of(here, device, text.shards[device])])[0]
+
+
+def _with_own_text(config: Config, device: int) -> Path:
+    """A device with text of its own cannot make the common start: it needs the server's files."""
+    here = Run(config, Path(config.run.output))
+    missing = [name for name in ("starts", "tokenizer") if not (here.folder / name).is_dir()]
+    if missing:
+        raise ValueError(
+            f"{here.folder}: must hold the server's starts/ and tokenizer/ with data.private = "
+            f"'own', lacks {missing[0]}/; copy them from the server's run folder"
+        )
+    documents = documents_of(config, device, config.network.data)
+    return in_process([job_of(here, device, documents)])[0]
 
 
 def _base(here: Run, text: Text, library: Library) -> None:
@@ -148,7 +175,9 @@ def _clusters(
             space = {"centre": one.centre, "origin": one.origin}
             facts = {"architecture": one.architecture, "members": list(one.members)}
             save_state(folder / f"{one.index}-space.safetensors", space, facts)
-        labels = {f"device-{index:02d}": text.label(index) for index in range(len(text.shards))}
+        labels = None
+        if here.config.data.private == "shares":
+            labels = {device_name(index): text.label(index) for index in range(len(text.shards))}
         here.write("clusters.json", clustering_facts(found, updates, labels, config.robust))
 
     # who may go on is an input: all that passed the gate, unless the quarantine took some

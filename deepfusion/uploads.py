@@ -5,46 +5,47 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from . import files
+from .checkpoints import StageStore
+from .data.documents import Document
 from .data.prepared import Text
 from .device.gather import DeviceJob
 from .ledger import Ledger, Transfer
-from .messages import DeviceUpdate
+from .messages import DeviceUpdate, TooFewUploads, device_name
 from .stages import Run
 from .wire.audit import Audit
 from .wire.expected import Expected
 from .wire.gate import inspect
 from .wire.intake import device_facts, take_in
+from .wire.package import MANIFEST
 
 Gather = Callable[[Sequence[DeviceJob], int], list[Path]]
 GOOD = "uploads.json"
 
 
-def _jobs(here: Run, text: Text) -> list[DeviceJob]:
+def job_of(here: Run, device: int, documents: Sequence[Document]) -> DeviceJob:
+    """What one device is asked to do; architectures go by turns."""
     config = here.config
-    names = list(dict.fromkeys(config.devices.architectures))
+    every = config.devices.architectures
+    architecture = every[device % len(every)]
+    turn = list(dict.fromkeys(every)).index(architecture)
     starts = here.folder / "starts"
-    jobs = []
-    for index, documents in enumerate(text.shards):
-        turn = names.index(config.devices.architectures[index % len(config.devices.architectures)])
-        jobs.append(
-            DeviceJob(
-                device=f"device-{index:02d}",
-                architecture=names[turn],
-                documents=documents,
-                start=starts / f"{turn}.safetensors",
-                tokenizer=Path(config.devices.tokenizer or here.folder / "tokenizer"),
-                config=config,
-                run_folder=here.folder,
-                idf=starts / "idf.safetensors" if config.embedding.idf == "public" else None,
-            )
-        )
-    return jobs
+    return DeviceJob(
+        device=device_name(device),
+        architecture=architecture,
+        documents=documents,
+        start=starts / f"{turn}.safetensors",
+        tokenizer=Path(config.devices.tokenizer or here.folder / "tokenizer"),
+        config=config,
+        run_folder=here.folder,
+        idf=starts / "idf.safetensors" if config.embedding.idf == "public" else None,
+    )
 
 
 def collect(here: Run, text: Text, expected: Expected, gather: Gather) -> None:
     """Train the devices; judge and weigh what they upload."""
     config = here.config
-    jobs = _jobs(here, text)
+    jobs = [job_of(here, index, documents) for index, documents in enumerate(text.shards)]
     folders = gather(jobs, config.federation.workers)
 
     def work() -> None:
@@ -67,8 +68,30 @@ def collect(here: Run, text: Text, expected: Expected, gather: Gather) -> None:
 
     starts = sorted(path.stem for path in (here.folder / "stages").glob("start-*.json"))
     outputs = ["ledger.csv", "devices.json", GOOD]
-    before = [*starts, *(job.device for job in jobs)]
+    # over a network some may be missing; the others are enough, or gather would have raised
+    before = [*starts, *(folder.name for folder in folders)]
     here.stage("gate", before, outputs, work, reads=["federation", "upload", "embedding"])
+
+
+def lying_there(jobs: Sequence[DeviceJob], workers: int) -> list[Path]:
+    """`gather` where uploads came by other ways: the folders that lie in uploads/.
+
+    Raises TooFewUploads naming what is missing.
+    """
+    found = [job.upload for job in jobs if (job.upload / MANIFEST).is_file()]
+    least = jobs[0].config.federation.min_devices
+    if len(found) < least:
+        missing = ", ".join(job.device for job in jobs if job.upload not in found)
+        raise TooFewUploads(
+            f"distill: uploads in {jobs[0].run_folder / 'uploads'} must be at least "
+            f"federation.min_devices = {least}, got {len(found)}; missing: {missing}"
+        )
+    store = StageStore(jobs[0].run_folder)
+    for folder in found:
+        manifest = files.sha256_of(folder / MANIFEST)
+        if not store.done(folder.name, manifest):
+            store.mark_done(folder.name, manifest, [folder])
+    return found
 
 
 def good_updates(here: Run, expected: Expected) -> list[DeviceUpdate]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from .. import files
 from ..config import Config
 from . import corpora
 from .batches import Packed, pack
-from .documents import Document
+from .documents import CorpusError, Document
 from .made import Fact, held_by
 from .partition import partition, split_public
+from .reading import has_domain, read_folder
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def prepare(config: Config, tokenizer_folder: Path) -> Text:
     """
     seed, length = config.run.seed, config.data.context_length
     by_domain = corpora.load(config.data, seed)
-    public, private = split_public(by_domain, config.data, seed)
+    public, shards = _shared_out(config, by_domain)
+    private = [document for shard in shards for document in shard]
     tokenizer = _tokenizer(config, public, tokenizer_folder)
     sequences = pack(public, tokenizer, length, seed)
     device_tokenizer, device_sequences = tokenizer, sequences
@@ -69,13 +71,46 @@ def prepare(config: Config, tokenizer_folder: Path) -> Text:
     return Text(
         tokenizer=tokenizer,
         public=public,
-        shards=partition(private, config.federation.num_devices, config.data, seed),
+        shards=shards,
         sequences=sequences,
         evaluation=evaluation,
         facts=held_by(corpora.facts(config.data, seed), private),
         device_tokenizer=device_tokenizer,
         device_sequences=device_sequences,
     )
+
+
+def _shared_out(
+    config: Config, by_domain: Mapping[str, corpora.Corpus]
+) -> tuple[list[Document], list[list[Document]]]:
+    """(the server's documents, those of every device); none where devices have their own."""
+    devices, seed = config.federation.num_devices, config.run.seed
+    if config.data.private == "own":
+        return [one for corpus in by_domain.values() for one in corpus.train], [[]] * devices
+    public, private = split_public(by_domain, config.data, seed)
+    return public, partition(private, devices, config.data, seed)
+
+
+def documents_of(config: Config, device: int, own: str) -> list[Document]:
+    """The text that device `device` trains on: its share of the run's, or what lies in `own`.
+
+    own: a folder with <domain>/train.jsonl or <domain>.jsonl of some of data.domains; read where
+    data.private = "own". Raises CorpusError.
+    """
+    if config.data.private == "shares":
+        return _shared_out(config, corpora.load(config.data, config.run.seed))[1][device]
+    if not own:
+        raise CorpusError(
+            "network.data must be the folder of this device's text with data.private = 'own', "
+            "got ''"
+        )
+    data = replace(config.data, path=own)
+    held = [one for one in data.domains if has_domain(data, one)]
+    if not held:
+        raise CorpusError(
+            f"{own}: must hold <domain>/train.jsonl of at least one of {list(data.domains)}"
+        )
+    return [document for domain in held for document in read_folder(data, domain)["train"]]
 
 
 def _tokenizer(config: Config, public: Sequence[Document], folder: Path) -> Any:

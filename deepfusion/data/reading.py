@@ -89,10 +89,7 @@ def _check_line(where: str, line: bytes, columns: list[str]) -> None:
             raise CorpusError(f"{where}: {column!r} must be text, got {got}")
 
 
-def read_folder(config: DataConfig, domain: str) -> dict[str, list[Document]]:
-    root = Path(config.path)
-    if not root.is_dir():
-        raise CorpusError(f"data.path must be a folder, got {config.path!r}")
+def _files_of(root: Path, domain: str) -> dict[str, Path]:
     files = {}
     for split in ("train", "validation", "test"):
         names = [root / domain / f"{split}{suffix}" for suffix in SUFFIXES]
@@ -101,6 +98,19 @@ def read_folder(config: DataConfig, domain: str) -> dict[str, list[Document]]:
         found = next((name for name in names if name.is_file()), None)
         if found is not None:
             files[split] = found
+    return files
+
+
+def has_domain(config: DataConfig, domain: str) -> bool:
+    """Whether the folder holds training text of a domain."""
+    return "train" in _files_of(Path(config.path), domain)
+
+
+def read_folder(config: DataConfig, domain: str) -> dict[str, list[Document]]:
+    root = Path(config.path)
+    if not root.is_dir():
+        raise CorpusError(f"data.path must be a folder, got {config.path!r}")
+    files = _files_of(root, domain)
     if "train" not in files:
         raise CorpusError(
             f"{root}: domain {domain!r} must have {domain}/train.jsonl or .parquet, found none"

@@ -55,7 +55,7 @@ def test_failing_write_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.M
         Path(filename).write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(files, "save_file", out_of_space)
+    monkeypatch.setattr("safetensors.torch.save_file", out_of_space)
     with pytest.raises(files.DiskFull, match=r"x.safetensors: no space left.*free some space"):
         save_state(path, {"a": torch.ones(2)})
     assert [one.name for one in tmp_path.iterdir()] == ["x.safetensors"]

@@ -1,0 +1,1 @@
+"""The network engine: the only folder that imports flwr."""

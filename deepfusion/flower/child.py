@@ -1,0 +1,44 @@
+"""Runs one of Flower's long-lived programs, and ends it with the process that started it.
+
+A SuperLink whose `deepfusion serve` was killed would hold the port for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+
+CHECK_SECONDS = 0.5
+
+
+def end_with(parent: int) -> None:
+    """Ctrl-C to this process once its parent is another one than `parent`."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(CHECK_SECONDS)
+        signal.raise_signal(signal.SIGINT)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> None:
+    """python -m deepfusion.flower.child PARENT superlink|supernode ARGUMENTS"""
+    _, parent, program, *arguments = sys.argv
+    sys.argv = [f"flower-{program}", *arguments]
+    end_with(int(parent))
+    if program == "superlink":
+        from flwr.superlink.cli import flower_superlink
+
+        flower_superlink()
+    else:
+        from flwr.supernode.cli import flower_supernode
+
+        flower_supernode()
+
+
+if __name__ == "__main__":
+    main()
