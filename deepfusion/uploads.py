@@ -50,7 +50,9 @@ def collect(here: Run, text: Text, expected: Expected, gather: Gather) -> None:
 
     def work() -> None:
         ledger, audit = Ledger(here.folder / "ledger"), Audit(here.folder / "audit.jsonl")
-        for job in jobs:
+        # over a network what went down was weighed where it was sent
+        weighed = {row.device for row in ledger.transfers if row.direction == "down"}
+        for job in (one for one in jobs if one.device not in weighed):
             sent = [("base", job.start)] + ([("idf", job.idf)] if job.idf else [])
             for kind, path in sent:
                 length = path.stat().st_size

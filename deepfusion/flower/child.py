@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 
+from .door import behind_the_door
+
 CHECK_SECONDS = 0.5
 
 
@@ -31,8 +33,11 @@ def main() -> None:
     sys.argv = [f"flower-{program}", *arguments]
     end_with(int(parent))
     if program == "superlink":
+        from flwr.superlink import main as superlink
         from flwr.superlink.cli import flower_superlink
 
+        genuine = superlink.create_app
+        superlink.create_app = lambda *given: behind_the_door(genuine(*given))
         flower_superlink()
     else:
         from flwr.supernode.cli import flower_supernode

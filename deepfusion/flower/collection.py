@@ -71,7 +71,7 @@ class Wanted:
     deadline_seconds: float
     shard_bytes: int
     embedding_bytes: int
-    probe_seconds: float = 60.0
+    probe_seconds: float
 
     @property
     def folder(self) -> Path:

@@ -7,12 +7,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from .. import files
 from ..checkpoints import StageStore
 from ..config import APART_FROM_THE_RUN, Config
 from ..device.gather import DeviceJob
+from ..ledger import Ledger, Transfer
 from ..messages import TooFewUploads
+from ..wire.audit import Audit
 from ..wire.expected import load_expected
 from . import launch
 from .collection import Limits, SentFile, Wanted, WantedDevice, read_standings
@@ -20,6 +23,8 @@ from .control import Control
 
 # a run that has passed its own deadline gets this long to say so
 GRACE_SECONDS = 120.0
+# after which a device that answers nothing is asked whether it still knows the question
+PROBE_SECONDS = 60.0
 
 
 def gather(jobs: Sequence[DeviceJob], workers: int = 1) -> list[Path]:
@@ -34,6 +39,7 @@ def gather(jobs: Sequence[DeviceJob], workers: int = 1) -> list[Path]:
     closed = folder / "network" / "closed.json"
     if left and not (closed.exists() and json.loads(closed.read_text())["inputs"] == key):
         _collect(config, folder, left)
+        _note(folder)
         for job in left:
             if _is_whole(folder, job):
                 store.mark_done(job.device, job.inputs_hash(), [job.upload])
@@ -42,6 +48,32 @@ def gather(jobs: Sequence[DeviceJob], workers: int = 1) -> list[Path]:
         raise TooFewUploads(_too_few(config, folder, jobs, good))
     files.write_json(closed, {"inputs": key})
     return [job.upload for job in good]
+
+
+def _note(folder: Path) -> None:
+    """What was sent down, what was sent in vain, who was turned away before an upload was whole."""
+    ledger, audit = Ledger(folder / "ledger"), Audit(folder / "audit.jsonl")
+    for device, one in read_standings(folder).items():
+        seen: dict[str, Any] = {
+            "device": device,
+            "node": one.node,
+            "seconds": one.seconds,
+            "status": one.status,
+        }
+        down = Transfer(
+            direction="down", kind="base", bytes_wire=one.bytes_down, retries=one.retries, **seen
+        )
+        ledger.add(down)
+        wasted = one.bytes_wasted + (one.bytes_up if one.status == "refused" else 0)
+        if wasted:
+            lost = Transfer(
+                direction="up", kind="wasted", bytes_wire=wasted, bytes_wasted=wasted, **seen
+            )
+            ledger.add(lost)
+        if one.status == "refused":
+            inbox = folder / "inbox" / device
+            reason = f"{device}: {one.reason}; refused, see audit.jsonl"
+            audit.append(inbox, device=device, node=one.node, verdict="refused", reason=reason)
 
 
 def _is_whole(folder: Path, job: DeviceJob) -> bool:
@@ -127,4 +159,5 @@ def _wanted(
         deadline_seconds=float(config.federation.deadline_seconds),
         shard_bytes=expected.shard_bytes,
         embedding_bytes=expected.embedding_dimensions + 4,
+        probe_seconds=PROBE_SECONDS,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from .server_app import WANTED
 START_SECONDS = 60.0
 STOP_SECONDS = 10.0
 POLL_SECONDS = 1.0
+AGAIN_SECONDS = 5.0
 # nothing calls out, nothing is installed while running
 SETTINGS = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -193,8 +195,36 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def join(config: Config) -> int:
-    """Be one device of a federation until Ctrl-C; the SuperNode's exit code."""
+def _follow(process: subprocess.Popen[bytes], place: Place) -> None:
+    """Say what the server said, until the SuperNode ends."""
+    said = place.folder / "network" / "verdict.json"
+    told = said.read_text() if said.exists() else ""
+    while process.poll() is None:
+        if said.exists() and (text := said.read_text()) != told:
+            told = text
+            verdict = json.loads(text).get("verdict")
+            print(f"{place.name}: the server says: {verdict}; Ctrl-C leaves", flush=True)
+        time.sleep(POLL_SECONDS)
+
+
+def _why_it_ended(place: Place, server: str, log: str) -> str:
+    """What the SuperNode's own words mean; raises TransportFailed where no waiting can help."""
+    if "CERTIFICATE_VERIFY_FAILED" in log:
+        raise TransportFailed(
+            f"{server} is not the server of these keys, or goes by another name: its certificate "
+            "does not fit ca.crt; `deepfusion keys DIR HOST` adds a name to the certificate"
+        )
+    if "Failed to activate" in log:
+        return f"{server} does not know the key of {place.name}, or not yet"
+    return f"the connection to {server} ended"
+
+
+def join(config: Config) -> None:
+    """Be one device of a federation until Ctrl-C.
+
+    A SuperNode that ends is started again: a server that is just starting, or was restarted, knows
+    no key yet. Raises TransportFailed where the server is another one.
+    """
     network = config.network
     place = Place.of(config)
     folder = place.folder / "network"
@@ -207,14 +237,21 @@ def join(config: Config) -> int:
         certificate, key = _certificates(network, ("ca.crt", "device.key"), made)
         arguments += ["--root-certificates", str(certificate.resolve())]
         arguments += ["--auth-supernode-private-key", str(key.resolve())]
+    server, log = f"{network.address}:{network.port}", folder / "supernode.log"
     with only_one(place.folder):
         path = place.write().resolve()
-        arguments += ["--host", "127.0.0.1", "--port", str(_free_port())]
-        arguments += ["--node-config", f'place="{path}"']
-        with program("supernode", arguments, folder.resolve(), {}) as process:
-            print(
-                f"{place.name}: joined {network.address}:{network.port}, waits to be asked; "
-                f"log: {folder}/supernode.log; Ctrl-C leaves",
-                flush=True,
-            )
-            return process.wait()
+        arguments += ["--node-config", f'place="{path}"', "--host", "127.0.0.1"]
+        print(
+            f"{place.name}: joins {server}, waits to be asked; log: {log}; Ctrl-C leaves",
+            flush=True,
+        )
+        while True:
+            begun = log.stat().st_size if log.exists() else 0
+            port = ["--port", str(_free_port())]
+            with program("supernode", [*arguments, *port], folder.resolve(), {}) as process:
+                _follow(process, place)
+            with log.open("rb") as stream:
+                stream.seek(begun)
+                reason = _why_it_ended(place, server, stream.read().decode(errors="replace"))
+            print(f"{place.name}: {reason}; tries again in {AGAIN_SECONDS:g} s", flush=True)
+            time.sleep(AGAIN_SECONDS)

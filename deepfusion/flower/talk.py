@@ -49,7 +49,18 @@ Conversation = Generator[Ask, RecordDict, None]
 
 
 def converse(device: WantedDevice, wanted: Wanted, standing: Standing) -> Conversation:
-    """What is asked of one device, in order; resumed by beginning again. Raises UploadRefused."""
+    """What is asked of one device, in order, and a last word; resumed by beginning again."""
+    verdict = "received"
+    try:
+        yield from _exchange(device, wanted, standing)
+        standing.status, standing.shards = "done", ""
+    except ValueError as refusal:
+        standing.status, standing.reason = "refused", str(refusal)
+        verdict = f"refused: {refusal}"
+    yield Ask(records.CLOSE, {"verdict": verdict})
+
+
+def _exchange(device: WantedDevice, wanted: Wanted, standing: Standing) -> Conversation:
     said = records.facts_of((yield Ask(records.HELLO, hello_facts(device, wanted))))
     _check_hello(said, device)
     standing.versions = _versions(said)
@@ -76,8 +87,6 @@ def converse(device: WantedDevice, wanted: Wanted, standing: Standing) -> Conver
         standing.shards = f"{index} of {len(manifest.shards)} shards"
         yield from _fetch(index, named, manifest, inbox, standing)
     inbox.finish()
-    standing.status, standing.shards = "done", ""
-    yield Ask(records.CLOSE, {"verdict": "received"})
 
 
 def hello_facts(device: WantedDevice, wanted: Wanted) -> dict[str, Any]:
@@ -216,25 +225,17 @@ class Talk:
 
     def _step(self, move: Callable[[Conversation], Ask]) -> Ask | None:
         assert self._script is not None, "a reply belongs to a conversation that was begun"
-        is_done = self.standing.status == "done"
+        was_closed = self.standing.status in ("done", "refused")
         try:
-            ask: Ask = move(self._script)
-        except (StopIteration, Gone, Failed, UploadRefused, ValueError, OSError) as end:
+            return move(self._script)
+        except StopIteration:
             self._script = None
-            if is_done or isinstance(end, StopIteration):
-                # everything is here: how the farewell went is of no weight
-                self.standing.status = "done"
-            elif isinstance(end, Gone):
-                self.close("unavailable", str(end))
-            elif isinstance(end, Failed):
-                self.close("failed", str(end))
-            elif isinstance(end, OSError):
-                # our own disk: no device can mend it
-                raise
-            else:
-                self.close("refused", str(end))
-            return None
-        return ask
+        except (Gone, Failed) as end:
+            self._script = None
+            # how the farewell went is of no weight: everything is here, or refused
+            if not was_closed:
+                self.close("unavailable" if isinstance(end, Gone) else "failed", str(end))
+        return None
 
 
 def _fault(code: int, reason: str) -> Exception:

@@ -34,20 +34,25 @@ def take_in(
     """
     refused: dict[str, str] = {}
     passed: list[DeviceUpdate] = []
+    # what went down over a network was noted with the node that it went to
+    nodes = {row.device: row.node for row in ledger.transfers if row.node}
     for folder in folders:
         try:
-            passed.append(admit(folder, expected, folder.name, audit))
+            node = nodes.get(folder.name, "")
+            passed.append(admit(folder, expected, folder.name, audit, node))
         except UploadRefused as refusal:
             refused[folder.name] = str(refusal)
     norms = check_norms(passed)
     for device, reason in norms.refused.items():
         folder = next(update.folder for update in passed if update.device == device)
-        audit.append(folder, device=device, node="", verdict="refused", reason=reason)
+        node = nodes.get(device, "")
+        audit.append(folder, device=device, node=node, verdict="refused", reason=reason)
         refused[device] = reason
     updates = [update for update in passed if update.device not in refused]
     manifests = {update.device: update.manifest for update in passed}
     for folder in folders:
-        _weigh(folder, manifests.get(folder.name), folder.name in refused, expected, ledger)
+        manifest, is_refused = manifests.get(folder.name), folder.name in refused
+        _weigh(folder, manifest, is_refused, expected, ledger, nodes.get(folder.name, ""))
     if len(updates) < min_devices:
         reasons = "".join(f"\n  {reason}" for reason in refused.values())
         raise TooFewUploads(
@@ -58,7 +63,12 @@ def take_in(
 
 
 def _weigh(
-    folder: Path, manifest: Manifest | None, refused: bool, expected: Expected, ledger: Ledger
+    folder: Path,
+    manifest: Manifest | None,
+    refused: bool,
+    expected: Expected,
+    ledger: Ledger,
+    node: str,
 ) -> None:
     spec = expected.architectures.get(manifest.architecture) if manifest else None
     parameters = parameters_of(spec) if spec else 0
@@ -69,6 +79,7 @@ def _weigh(
             manifest,
             parameters=parameters,
             bytes_raw=4 * parameters,
+            node=node,
             status="refused" if refused else "done",
         )
     )

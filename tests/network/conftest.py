@@ -12,22 +12,27 @@ import pytest
 if TYPE_CHECKING:
     from .federation import Federation
 
+REASON = "network: flwr is not installed; pip install 'deepfusion-moe[flower]'"
 if importlib.util.find_spec("flwr") is None:
-    collect_ignore_glob = ["test_*.py"]
 
-    @pytest.fixture(autouse=True)
-    def _absent() -> None:
-        pytest.skip("flwr is not installed")
+    class Absent(pytest.Module):
+        """A file of tests that cannot even be imported."""
+
+        def collect(self) -> Iterator[pytest.Item]:
+            pytest.skip(REASON, allow_module_level=True)
+
+    def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
+        return Absent.from_parent(parent, path=module_path)
 
 
 @pytest.fixture(scope="session")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from deepfusion.flower.keys import make_keys
 
-    from .federation import DEVICES
+    from .federation import KEYS
 
     folder = tmp_path_factory.mktemp("keys")
-    make_keys(folder, ("localhost",), DEVICES)
+    make_keys(folder, ("localhost",), KEYS)
     return folder
 
 

@@ -23,6 +23,7 @@ from deepfusion.uploads import job_of
 
 ROOT = Path(__file__).parents[2]
 DEVICES = 2
+KEYS = 4
 TINY = (
     "run.threads=1",
     "data.made_entities=8",
@@ -32,7 +33,7 @@ TINY = (
     "data.partition='random'",
     f"federation.num_devices={DEVICES}",
     f"federation.min_devices={DEVICES}",
-    "federation.deadline_seconds=200",
+    "federation.deadline_seconds=900",
     "devices.steps=2",
     "devices.init_steps=1",
     "devices.batch_size=1",
@@ -149,7 +150,7 @@ class Federation:
         )
         return thread
 
-    def end(self, thread: threading.Thread, seconds: float) -> list[Path]:
+    def end(self, thread: threading.Thread, seconds: float = 600) -> list[Path]:
         """The folders that came in; raises what `gather` raised."""
         thread.join(seconds)
         assert not thread.is_alive(), f"after {seconds} s still collecting: {self.standings()}"
