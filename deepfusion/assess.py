@@ -23,6 +23,7 @@ from .wire.expected import Expected
 from .wire.package import read_state
 
 BYTES_PER_VALUE = 2  # the baselines send bfloat16
+KEPT_LOGITS = 128  # of FedMKT's baseline, unless the run itself keeps some
 
 
 def assess(
@@ -67,7 +68,7 @@ def _controls(
     def dense() -> None:
         model = dense_control(
             library.saved("base"),
-            [library.of_state(one.architecture, one.proxy) for one in clusters],
+            [library.teacher(one, text.sequences) for one in clusters],
             text.sequences,
             nearness_SK,
             config.distill,
@@ -135,7 +136,8 @@ def _entries(
         return model
 
     entries = [Entry("base", "base", lambda: library.saved("base"))]
-    if not here.config.devices.tokenizer:
+    has_models = here.config.upload.kind != "logprobs"
+    if has_models and not here.config.devices.tokenizer:
         entries += [Entry(one.device, "device", partial(device, one)) for one in updates]
         entries += [
             Entry(
@@ -181,6 +183,7 @@ def _compare_bytes(here: Run, text: Text, library: Library, num_clusters: int) -
             moe_bytes=BYTES_PER_VALUE * total,
             partial_share=(total - routed + kept) / total,
             public_tokens=text.sequences.ids.numel(),
+            kept_logits=config.upload.top_k if config.upload.kind == "logprobs" else KEPT_LOGITS,
             dense_bytes=BYTES_PER_VALUE * base if alike else None,
         )
     )
@@ -203,8 +206,10 @@ def _not_checked(here: Run, text: Text) -> list[str]:
             "Devices and proxies have a tokenizer of their own: perplexities do not compare across "
             "tokenizers, and theirs are left out."
         )
+    if config.upload.kind == "logprobs":
+        said.append("Devices sent log-probabilities and no models: none of theirs could be scored.")
     unchecked = here.read("uploads.json")["norms_unchecked"]
-    if unchecked:
+    if unchecked and config.upload.kind != "logprobs":
         said.append(
             f"Norms of {', '.join(unchecked)} had too few uploads for a median; only "
             "upload.max_update_norm could bound them."

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from .config_recipes import RECIPES
 from .config_rules import contradictions
 from .config_tables import (
-    RECIPES,
     BaseConfig,
     ClusterConfig,
     ControlsConfig,

@@ -24,6 +24,7 @@ def contradictions(config: Config) -> Iterator[str]:
     yield from _bridge(config)
     yield from _mixture(config)
     yield from _trust(config)
+    yield from _answers(config)
 
 
 def _devices(config: Config) -> Iterator[str]:
@@ -157,3 +158,38 @@ def _trust(config: Config) -> Iterator[str]:
     taught = config.tune.teacher_weight > 0 or config.run.recipe == "direct"
     if config.tune.agreement and not taught:
         yield "tune.agreement must be false where tune.teacher_weight = 0, got true"
+
+
+def _answers(config: Config) -> Iterator[str]:
+    """Log-probabilities instead of models: there is nothing to look into, or to ask again."""
+    if config.upload.kind != "logprobs":
+        return
+    distill = config.distill
+    features = distill.feature_loss if distill.alpha else "none"
+    if features != "none":
+        yield (
+            "distill.feature_loss must be 'none' with upload.kind = 'logprobs', got "
+            f"{features!r}: log-probabilities have no features"
+        )
+    if distill.temperature != 1.0:
+        yield (
+            "distill.temperature must be 1.0 with upload.kind = 'logprobs', got "
+            f"{distill.temperature}: only the likeliest tokens are known, at temperature 1"
+        )
+    if distill.tokenizer_bridge != "shared":
+        yield (
+            "distill.tokenizer_bridge must be 'shared' with upload.kind = 'logprobs', got "
+            f"{distill.tokenizer_bridge!r}"
+        )
+    if config.quarantine.action == "exclude":
+        yield (
+            "quarantine.action must be 'report' or 'none' with upload.kind = 'logprobs', got "
+            "'exclude': there is no model to score"
+        )
+    if config.cluster.robust != "none":
+        yield (
+            "cluster.robust must be 'none' with upload.kind = 'logprobs', got "
+            f"{config.cluster.robust!r}"
+        )
+    if config.tune.agreement:
+        yield "tune.agreement must be false with upload.kind = 'logprobs', got true"

@@ -113,6 +113,9 @@ class DevicesConfig(TrainingConfig):
     )
     tokenizer: str = key("", "path of the devices' own tokenizer; empty: the server's")
     init_steps: int = key(100, "public-text steps of each architecture's common start", least=0)
+    adapter_rank: int = key(
+        0, "train and send low-rank updates of the layers' matrices; 0: the whole model", least=0
+    )
     optimizer: str = key("muon", "muon: matrices by Muon, rest by AdamW", options=OPTIMIZERS)
 
 
@@ -120,6 +123,15 @@ class DevicesConfig(TrainingConfig):
 class UploadConfig:
     """Bytes from device to server."""
 
+    kind: str = key(
+        "weights",
+        "the model, or its likeliest tokens along the public text",
+        options=("weights", "logprobs"),
+    )
+    top_k: int = key(16, "tokens of a position; kind = 'logprobs'", least=1)
+    public_sequences: int = key(
+        0, "public sequences that are answered and taught; kind = 'logprobs'; 0: all", least=0
+    )
     codec: str = key("delta-int8", "how weights are packed", options=("delta-int8", "xor", "bf16"))
     shard_mib: int = key(256, "largest file of an upload", least=1, most=256)
     max_update_norm: float = key(
@@ -266,30 +278,3 @@ class ControlsConfig:
     dense: bool = key(True, "one dense base on the same stream with the same KL")
     centralised: bool = key(True, "the same mixture on all text of the devices")
     centralised_steps: int = key(0, "its steps; 0: all devices' and the server's together", least=0)
-
-
-# Keys that a recipe sets where the file does not (method.md, 13); "recommended" is the defaults.
-RECIPES: dict[str, dict[str, dict[str, Any]]] = {
-    "paper": {
-        "distill": {
-            "alpha": 1.0,
-            "sampling": "uniform",
-            "vaa_warmup_steps": 0,
-            "target_norm": False,
-            "student_norm": False,
-        },
-        "merge": {"router_init": "normal"},
-        "tune": {"teacher_weight": 0.0, "balance_text": False},
-    },
-    "recommended": {},
-    "direct": {
-        "distill": {"nearness": "fit"},
-        "tune": {
-            "steps": 300,
-            "lr": 0.02,
-            "train": "all",
-            "router_supervision": 0.1,
-            "teacher_threshold": 0.0,
-        },
-    },
-}

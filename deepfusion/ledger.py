@@ -21,6 +21,7 @@ from . import files
 from .messages import Manifest
 
 BYTES_OF_LOGIT = 6  # a token id of 4 bytes and a value of 2
+SMALL = ("embedding", "manifest")
 
 
 @dataclass(frozen=True)
@@ -143,17 +144,20 @@ def weigh_upload(
     seconds: float = 0.0,
     status: str = "done",
 ) -> list[Transfer]:
-    """The rows of one package on disk: model, embedding, manifest, by the lengths of its files.
+    """The rows of one package on disk: model (or adapter, logprobs), embedding, manifest.
+
+    Bytes are the lengths of its files.
 
     A refused upload has been sent all the same: its bytes count, and count as wasted. Its manifest
     is None if it could not be read; an upload that never came has no bytes.
     """
     present = folder.iterdir() if folder.is_dir() else ()
+    holds = manifest.content.kind if manifest else "weights"
     lengths = {path.name: path.lstat().st_size for path in present if path.is_file()}
     parts = {
         "embedding": lengths.pop("embedding.bin", 0),
         "manifest": lengths.pop("manifest.json", 0),
-        "model": sum(lengths.values()),
+        "model" if holds == "weights" else holds: sum(lengths.values()),
     }
     facts = {"model": manifest.architecture, "codec": manifest.codec} if manifest else {}
     model: dict[str, Any] = {**facts, "parameters": parameters, "bytes_raw": bytes_raw}
@@ -166,9 +170,9 @@ def weigh_upload(
             node=node,
             round=round,
             bytes_wasted=0 if status == "done" else count,
-            seconds=seconds if kind == "model" else 0.0,
+            seconds=0.0 if kind in SMALL else seconds,
             status=status,
-            **(model if kind == "model" else {"bytes_raw": count}),
+            **({"bytes_raw": count} if kind in SMALL else model),
         )
         for kind, count in parts.items()
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoints import load_state
 from .data.batches import Packed
@@ -13,8 +13,11 @@ from .data.corpora import fingerprint
 from .models import build
 from .seeding import generator
 from .server.bridge import Bridge
+from .server.cluster import Cluster
+from .server.kept import KeptText
 from .server.merge import mean_of, merge
 from .server.router_init import RouterText
+from .server.teaching import Teacher
 from .stages import Run
 
 
@@ -48,6 +51,13 @@ class Library:
         model = self._built(name_or_path, self.device_tokenizer)
         build.load_state(model, state)
         return model
+
+    def teacher(self, cluster: Cluster, sequences: Packed) -> Teacher:
+        """What a cluster teaches with: its proxy, or what its devices said of the public text."""
+        if self.here.config.upload.kind == "logprobs":
+            return KeptText(cluster.proxy, sequences.ids)
+        proxy: nn.Module = self.of_state(cluster.architecture, cluster.proxy)
+        return proxy
 
     def _built(self, name_or_path: str, tokenizer: Any, *seeds: str | int) -> Any:
         config = self.here.config

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PROTOCOL = 1
+# what a private training must say of itself
+PRIVACY = ("epsilon", "delta", "noise", "clip", "rate", "steps")
 
 
 def device_name(index: int) -> str:
@@ -45,8 +47,30 @@ class ShardInfo:
 
 
 @dataclass(frozen=True)
+class Content:
+    """What the shards of an upload hold; both sides agree on every field.
+
+    weights     the model
+    adapter     low-rank updates of the matrices inside the layers, of `rank`
+    logprobs    the `top_k` likeliest of `vocabulary` tokens at `rows` positions of the public text
+                of revision `text`
+    """
+
+    kind: str = "weights"
+    rank: int = 0
+    top_k: int = 0
+    rows: int = 0
+    vocabulary: int = 0
+    text: str = ""
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """The facts of one upload; `ties` maps a name to the name whose tensor it shares."""
+    """The facts of one upload; `ties` maps a name to the name whose tensor it shares.
+
+    privacy: epsilon, delta, noise, clip, rate and steps of a differentially private training; empty
+    where there was none.
+    """
 
     protocol: int
     device: str
@@ -60,6 +84,8 @@ class Manifest:
     embedding_sha256: str
     seed: int
     versions: Mapping[str, str]
+    content: Content = field(default_factory=Content)
+    privacy: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The same facts give the same bytes: no clock, no host name."""
@@ -78,7 +104,16 @@ class Manifest:
         for key in ("ties", "versions"):
             for name, value in facts[key].items():
                 _expect_type(value, str, f"manifest: {key}[{name!r}]")
-        return cls(**{**facts, "shards": tuple(map(_shard, facts["shards"]))})
+        _expect_keys(
+            facts["privacy"], set(PRIVACY) if facts["privacy"] else set(), "manifest: privacy"
+        )
+        for name, value in facts["privacy"].items():
+            _expect_type(value, float, f"manifest: privacy[{name!r}]")
+        read = {
+            "shards": tuple(map(_shard, facts["shards"])),
+            "content": _content(facts["content"]),
+        }
+        return cls(**{**facts, **read})
 
 
 _TYPES: dict[str, type] = {
@@ -94,6 +129,8 @@ _TYPES: dict[str, type] = {
     "embedding_sha256": str,
     "seed": int,
     "versions": dict,
+    "content": dict,
+    "privacy": dict,
 }
 
 
@@ -119,9 +156,20 @@ def _shard(facts: dict[str, Any]) -> ShardInfo:
     return ShardInfo(**facts)
 
 
+def _content(facts: dict[str, Any]) -> Content:
+    kinds = {one.name: type(one.default) for one in fields(Content)}
+    _expect_keys(facts, set(kinds), "manifest: content")
+    for key, wanted in kinds.items():
+        _expect_type(facts[key], wanted, f"manifest: content {key}")
+    return Content(**facts)
+
+
 @dataclass(frozen=True)
 class TrainedDevice:
-    """What training on a device returns. state, base: name -> tensor; embedding [r] float32."""
+    """What training on a device returns. state, base: name -> tensor; embedding [r] float32.
+
+    state and base hold what `content` says travels; base_revision is that of the common start.
+    """
 
     device: str
     architecture: str
@@ -132,6 +180,8 @@ class TrainedDevice:
     tokens: int
     tokenizer_fingerprint: str
     seed: int
+    content: Content = field(default_factory=Content)
+    privacy: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ Recipe "direct" has no students: the base is upcycled and the proxies teach the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import report
+from .asked import content_of, expectation, save_public, taught
 from .assess import assess
 from .checkpoints import load_state, save_model, save_state
 from .config import Config
@@ -32,6 +33,7 @@ from .server.cluster import Cluster, cluster, clustering_facts
 from .server.direct import direct
 from .server.distill import distill
 from .server.fit import fit
+from .server.kept import mean_kept
 from .server.merge import merge
 from .server.robust import robust_average
 from .server.router_init import RouterText
@@ -39,9 +41,9 @@ from .server.tune import drawn, tune
 from .stages import Run
 from .training import train_causal_lm
 from .trust import allowed, clusters_for, trusted
-from .uploads import Gather, collect, good_updates, job_of
-from .wire.expected import ArchitectureSpec, Expected, save_expected
-from .wire.package import read_state, state_revision
+from .uploads import PUBLIC, Gather, collect, good_updates, job_of
+from .wire.expected import Expected, save_expected
+from .wire.package import Sent, read_state
 
 
 def run(config: Config, gather: Gather = in_process) -> Path:
@@ -55,6 +57,7 @@ def run(config: Config, gather: Gather = in_process) -> Path:
     library = Library(here, text.tokenizer, text.device_tokenizer)
     _base(here, text, library)
     encode, expected = _starts(here, text.for_devices(), library)
+    text = taught(config, text)
     collect(here, text, expected, gather)
     good = good_updates(here, expected)
     updates = trusted(here, text.device_sequences, library, expected, good)
@@ -121,7 +124,7 @@ def _base(here: Run, text: Text, library: Library) -> None:
 def _starts(here: Run, text: Text, library: Library) -> tuple[Encoder, Expected]:
     """Every architecture's common start; what the gate and the embedding need."""
     config = here.config
-    specs = {}
+    bases = {}
     for index, name in enumerate(dict.fromkeys(config.devices.architectures)):
         path = here.folder / "starts" / f"{index}.safetensors"
 
@@ -133,18 +136,9 @@ def _starts(here: Run, text: Text, library: Library) -> tuple[Encoder, Expected]
             save_state(path, state, {"architecture": name})
 
         here.stage(f"start-{index}", [], [f"starts/{path.name}"], work, reads=["data", "devices"])
-        state, _ = load_state(path)
-        specs[name] = ArchitectureSpec.of(
-            state, config.upload.codec, state_revision(state), config.upload.max_mib
-        )
-    expected = Expected(
-        architectures=specs,
-        tokenizer_fingerprint=library.fingerprint,
-        codec=config.upload.codec,
-        embedding_dimensions=config.embedding.dimensions,
-        max_update_norm=config.upload.max_update_norm,
-        shard_bytes=config.upload.shard_mib << 20,
-    )
+        bases[name], _ = load_state(path)
+    save_public(here.folder / "starts" / PUBLIC, config, text)
+    expected = expectation(config, bases, library.fingerprint, content_of(config, text))
     if not (here.folder / "expected").is_dir():
         save_expected(here.folder / "expected", expected)
     idf = None
@@ -161,14 +155,16 @@ def _clusters(
     count = clusters_for(here.config.cluster, len(updates))
     config = replace(here.config.cluster, num_clusters=count)
     folder = here.folder / "proxies"
+    holds_models = expected.content.kind != "logprobs"
 
-    def read(update: DeviceUpdate) -> dict[str, Tensor]:
+    def read(update: DeviceUpdate) -> Mapping[str, Tensor]:
         base = expected.architectures[update.architecture].base
-        return read_state(update.folder, update.manifest, base)
+        reader = read_state if holds_models else Sent
+        return reader(update.folder, update.manifest, base)
 
     def work() -> None:
         bases = {name: one.base for name, one in expected.architectures.items()}
-        average = robust_average(config.robust, bases)
+        average = robust_average(config.robust, bases) if holds_models else mean_kept
         found = cluster(updates, read, config, here.config.run.seed, average)
         for one in found:
             save_state(folder / f"{one.index}.safetensors", one.proxy)
@@ -202,7 +198,7 @@ def _nearness(
     path = here.folder / "fit.safetensors"
 
     def work() -> None:
-        proxies = [library.of_state(one.architecture, one.proxy) for one in clusters]
+        proxies = [library.teacher(one, text.sequences) for one in clusters]
         # without students nothing but the mixture's own stream is ever asked about
         direct_run = here.config.run.recipe == "direct"
         rows = drawn(text.sequences, here.config.tune, here.config.run.seed) if direct_run else None
@@ -223,7 +219,7 @@ def _distill(
 
         def work(one: Cluster = one, name: str = name) -> None:
             student = distill(
-                library.of_state(one.architecture, one.proxy),
+                library.teacher(one, text.sequences),
                 library.saved("base"),
                 text.sequences,
                 nearness_SK[:, one.index],
@@ -261,7 +257,7 @@ def _merge_and_tune(
             config.merge,
             config.run.seed,
             recorder=here.recorder,
-            teachers=[library.of_state(one.architecture, one.proxy) for one in clusters],
+            teachers=[library.teacher(one, text.sequences) for one in clusters],
             affinity_SK=nearness_SK,
             checkpoint=here.checkpoint("tune", config.tune.checkpoint_steps),
             kernels=config.run.kernels,
@@ -280,7 +276,7 @@ def _direct(
     def work() -> None:
         moe: Any = direct(
             library.upcycled(len(clusters), text.sequences, nearness_SK),
-            [library.of_state(one.architecture, one.proxy) for one in clusters],
+            [library.teacher(one, text.sequences) for one in clusters],
             text.sequences,
             nearness_SK,
             config.distill,

@@ -35,7 +35,8 @@ def trusted(
     leaves fewer than federation.min_devices.
     """
     config = here.config
-    if config.quarantine.action == "none":
+    # without models there is nothing that could be read on a probe text
+    if config.quarantine.action == "none" or expected.content.kind == "logprobs":
         return list(updates)
 
     def model(update: DeviceUpdate) -> nn.Module:

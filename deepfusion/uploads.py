@@ -21,6 +21,7 @@ from .wire.package import MANIFEST
 
 Gather = Callable[[Sequence[DeviceJob], int], list[Path]]
 GOOD = "uploads.json"
+PUBLIC = "public.safetensors"
 
 
 def job_of(here: Run, device: int, documents: Sequence[Document]) -> DeviceJob:
@@ -39,6 +40,7 @@ def job_of(here: Run, device: int, documents: Sequence[Document]) -> DeviceJob:
         config=config,
         run_folder=here.folder,
         idf=starts / "idf.safetensors" if config.embedding.idf == "public" else None,
+        public=starts / PUBLIC if config.upload.kind == "logprobs" else None,
     )
 
 
@@ -53,8 +55,9 @@ def collect(here: Run, text: Text, expected: Expected, gather: Gather) -> None:
         # over a network what went down was weighed where it was sent
         weighed = {row.device for row in ledger.transfers if row.direction == "down"}
         for job in (one for one in jobs if one.device not in weighed):
-            sent = [("base", job.start)] + ([("idf", job.idf)] if job.idf else [])
-            for kind, path in sent:
+            for kind, path in (("base", job.start), ("idf", job.idf), ("public", job.public)):
+                if path is None:
+                    continue
                 length = path.stat().st_size
                 ledger.add(Transfer(job.device, "down", kind, length, bytes_raw=length))
         intake = take_in(folders, expected, ledger, audit, config.federation.min_devices)

@@ -24,11 +24,12 @@ KERNEL_FLOORS = (
     ("bench", "__main__"),
 )
 DRIVER_FLOORS = (
-    ("config", "config_tables", "config_rules", "files", "seeding", "metrics", "messages", "plots"),
+    ("config", "config_tables", "config_recipes", "config_rules", "files", "seeding", "metrics")
+    + ("messages", "plots"),
     ("models", "data", "wire", "checkpoints", "ledger"),
     ("training", "stages"),
     ("device", "server", "report", "report_trust"),
-    ("library", "uploads"),
+    ("asked", "library", "uploads"),
     ("assess", "trust"),
     ("pipeline",),
     ("flower",),

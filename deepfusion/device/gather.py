@@ -20,6 +20,7 @@ from ..config import Config
 from ..data.corpora import load_tokenizer
 from ..data.documents import Document
 from ..data.encoding import make_encoder
+from ..messages import Content
 from ..metrics import Recorder, stage_timer
 from ..wire.package import write_package
 from .train import train_device
@@ -32,7 +33,8 @@ class DeviceJob:
     """All that one device knows: its text, its start, its tokenizer, the run's configuration.
 
     start: a state as `checkpoints.save_state` writes it; idf: the same with one tensor "idf", for
-    embedding.idf = "public". Results go to `run_folder`: uploads/<device>, devices/<device>.jsonl.
+    embedding.idf = "public"; public: with one tensor "ids" [S, L] and a Content as facts, for
+    upload.kind = "logprobs". Results go to `run_folder`: uploads/<device>, devices/<device>.jsonl.
     """
 
     device: str
@@ -43,11 +45,20 @@ class DeviceJob:
     config: Config
     run_folder: Path
     idf: Path | None = None
+    public: Path | None = None
 
     @property
     def upload(self) -> Path:
         """The folder of the device's package."""
         return self.run_folder / "uploads" / self.device
+
+    @property
+    def content(self) -> Content:
+        """What is to be sent."""
+        if self.public is not None:
+            return Content(**load_state(self.public)[1])
+        rank = self.config.devices.adapter_rank
+        return Content("adapter", rank) if rank else Content()
 
     def inputs_hash(self) -> str:
         """A hash of everything that the upload depends on."""
@@ -57,7 +68,7 @@ class DeviceJob:
             [config.run.seed, config.run.device, config.run.kernels],
             [self.device, self.architecture],
             [asdict(document) for document in self.documents],
-            [files.sha256_of(path) for path in (self.start, self.idf) if path is not None],
+            [files.sha256_of(path) for path in (self.start, self.idf, self.public) if path],
             [files.sha256_of(path) for path in sorted(self.tokenizer.glob("*.json"))],
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -87,6 +98,7 @@ def run_device(job: DeviceJob) -> None:
     own = job.run_folder / "devices" / job.device
     recorder = Recorder(own.with_suffix(".jsonl"))
     idf = None if job.idf is None else load_state(job.idf)[0]["idf"]
+    public = None if job.public is None else load_state(job.public)[0]["ids"]
     config = job.config
     with stage_timer(job.device, recorder):
         trained = train_device(
@@ -100,6 +112,8 @@ def run_device(job: DeviceJob) -> None:
             recorder,
             # other inputs must not go on from this training's half-way state
             own.with_name(f"{job.device}-{job.inputs_hash()[:16]}.safetensors"),
+            job.content,
+            public,
         )
         write_package(trained, job.upload, config.upload.codec, config.upload.shard_mib * _MIB)
 

@@ -10,19 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import Config
 from ..data.batches import Packed, Tokens, pack_tokens, tokenize
 from ..data.corpora import fingerprint
 from ..data.documents import Document
 from ..data.encoding import Encoder
-from ..messages import TrainedDevice
+from ..messages import Content, TrainedDevice
 from ..metrics import Recorder
-from ..models import build
+from ..models import build, lora
 from ..seeding import generator, seed_for
 from ..training import train_causal_lm
+from ..wire import adapters
+from ..wire.contents import sent
 from ..wire.package import state_revision
+from .answer import Answers
 from .embed import embed
 
 
@@ -68,12 +71,16 @@ def train_device(
     encode: Encoder,
     recorder: Recorder,
     checkpoint_path: Path | None = None,
+    content: Content | None = None,
+    public: Tensor | None = None,
 ) -> TrainedDevice:
     """Train on a shard; the result is what `wire.package` packs. Same arguments, same bits.
 
-    A shard below one sequence is repeated until it fills one. Raises ValueError for a shard
-    without text.
+    content: what is sent, the whole model by default; public [S, L]: the text that
+    log-probabilities are about. A shard below one sequence is repeated until it fills one. Raises
+    ValueError for a shard without text, or a public text that is not the one of `content`.
     """
+    content = content or Content()
     embedding = embed(documents, encode)
     seed = seed_for(config.run.seed, device)
     model = build.build(
@@ -85,6 +92,9 @@ def train_device(
     )
     build.load_state(model, start)
     model.to(config.run.device)
+    if config.devices.adapter_rank:
+        draw = generator(config.run.seed, "adapter", device)
+        lora.add(model, adapters.adapted(start), config.devices.adapter_rank, draw)
     tokens = tokenize(documents, tokenizer)
     train_causal_lm(
         model,
@@ -99,14 +109,44 @@ def train_device(
     return TrainedDevice(
         device=device,
         architecture=architecture,
-        state=build.state_of(model),
-        base=start,
+        state=_answered(model, content, public, config) or _trained(model, content, start),
+        base=sent(content, start),
         base_revision=state_revision(start),
         embedding=embedding,
         tokens=tokens.ids.numel(),
         tokenizer_fingerprint=fingerprint(tokenizer),
         seed=seed,
+        content=content,
     )
+
+
+def _trained(
+    model: nn.Module, content: Content, start: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """The model, or the low-rank update of it, by the names that travel."""
+    if content.kind != "adapter":
+        # the model is given up after this: its own memory is sent, no copy
+        return build.held_state(model)
+    state = {}
+    for name, (left, right) in lora.factors(model, adapters.adapted(start)).items():
+        state[name + adapters.LEFT] = left
+        state[name + adapters.RIGHT] = right
+    return state
+
+
+def _answered(
+    model: nn.Module, content: Content, public: Tensor | None, config: Config
+) -> Mapping[str, Tensor] | None:
+    """What the model says along the public text, if that is what travels."""
+    if content.kind != "logprobs":
+        return None
+    found = None if public is None else state_revision({"ids": public})
+    if public is None or found != content.text:
+        raise ValueError(
+            f"public text must be revision {content.text[:12]}, got {found and found[:12]}"
+        )
+    kernels = None if config.run.kernels == "auto" else config.run.kernels
+    return Answers(model, public.long(), content, config.devices.batch_size, kernels)
 
 
 def _packed(documents: Sequence[Document], tokens: Tokens, config: Config, seed: int) -> Packed:

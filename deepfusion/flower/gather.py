@@ -137,7 +137,8 @@ def _wanted(
 
     def files_of(job: DeviceJob) -> tuple[SentFile, ...]:
         found = [sent("starts/start.safetensors", job.start)]
-        found += [sent("starts/idf.safetensors", job.idf)] if job.idf else []
+        for name, path in (("idf", job.idf), ("public", job.public)):
+            found += [sent(f"starts/{name}.safetensors", path)] if path else []
         tokenizer = sorted(path for path in job.tokenizer.iterdir() if path.is_file())
         return (*found, *(sent(f"tokenizer/{path.name}", path) for path in tokenizer))
 

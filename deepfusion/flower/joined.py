@@ -174,7 +174,12 @@ def train(place: Place, asked: Mapping[str, Any]) -> Path:
     config = resolved(place, asked["config"], place.folder / "tokenizer")
     if place.threads:
         torch.set_num_threads(place.threads)
-    idf = place.folder / "starts" / "idf.safetensors"
+    idf, public = (
+        place.folder / f"starts/{name}.safetensors"
+        if f"starts/{name}.safetensors" in names
+        else None
+        for name in ("idf", "public")
+    )
     job = DeviceJob(
         device=place.name,
         architecture=str(asked["architecture"]),
@@ -183,7 +188,8 @@ def train(place: Place, asked: Mapping[str, Any]) -> Path:
         tokenizer=place.folder / "tokenizer",
         config=config,
         run_folder=place.folder,
-        idf=idf if "starts/idf.safetensors" in names else None,
+        idf=idf,
+        public=public,
     )
     return gather([job])[0]
 

@@ -123,6 +123,11 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def held_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict itself, not a copy: it changes as the model does; tied names share memory."""
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copies a state into a model: every tensor must be there, a tied one under either name."""
     missing, unexpected = model.load_state_dict(dict(state), strict=False)

@@ -111,7 +111,9 @@ def agreed(
     without_first_SK = affinity_SK.scatter(1, first_S.clamp_min(0)[:, None], -torch.inf)
     second_S = best_teacher(without_first_SK, threshold)
     second_S = torch.where(first_S >= 0, second_S, -1)
-    score_DK = _scores(teaching.teachers, sequences)
+    models = [one for one in teaching.teachers if isinstance(one, nn.Module)]
+    assert len(models) == len(teaching.teachers), "the configuration asks it of models alone"
+    score_DK = _scores(models, sequences)
     score_SK = score_DK[sequences.domain]
     chosen_S2 = torch.stack([first_S, second_S], dim=1)
     own_S2 = score_SK.gather(1, chosen_S2.clamp_min(0)) * (chosen_S2 >= 0)

@@ -17,7 +17,7 @@ from ..config_tables import DistillConfig, MergeConfig, TrainingConfig, TuneConf
 from ..data.batches import Packed
 from ..metrics import Recorder
 from .lessons import teach
-from .teaching import Teaching
+from .teaching import Teacher, Teaching
 from .tune import STREAM, lessons_of, train_mixture
 
 
@@ -30,7 +30,7 @@ def server_steps(config: Config, num_clusters: int) -> int:
 
 def dense_control(
     base: nn.Module,
-    proxies: Sequence[nn.Module],
+    proxies: Sequence[Teacher],
     sequences: Packed,
     affinity_SK: Tensor,
     distill: DistillConfig,

@@ -15,14 +15,14 @@ from ..checkpoints import StepCheckpoint
 from ..config_tables import DistillConfig, MergeConfig, TuneConfig
 from ..data.batches import Packed
 from ..metrics import Recorder
-from .teaching import Teaching
+from .teaching import Teacher, Teaching
 from .tune import train_mixture
 from .views import make_views
 
 
 def direct(
     moe: nn.Module,
-    proxies: Sequence[nn.Module],
+    proxies: Sequence[Teacher],
     sequences: Packed,
     affinity_SK: Tensor,
     distill: DistillConfig,

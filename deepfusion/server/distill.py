@@ -17,12 +17,12 @@ from ..metrics import Recorder
 from .affinity import sampling_weights
 from .bridge import Bridge
 from .lessons import Lessons, teach
-from .teaching import Teaching
+from .teaching import Teacher, Teaching
 from .views import make_views
 
 
 def distill(
-    proxy: nn.Module,
+    proxy: Teacher,
     base: nn.Module,
     sequences: Packed,
     affinity_S: Tensor | None,

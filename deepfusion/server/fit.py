@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from ..data.batches import Packed
 from .evaluate import next_token_logits
+from .kept import KeptText
+from .teaching import Teacher
 
 
 @torch.no_grad()
 def fit(
-    proxies: Sequence[nn.Module], sequences: Packed, batch_size: int, rows: Tensor | None = None
+    proxies: Sequence[Teacher], sequences: Packed, batch_size: int, rows: Tensor | None = None
 ) -> Tensor:
     """fit [S, K] float32 in [-1, 1] of S sequences and K proxies; every row sums to 0.
 
@@ -31,7 +33,15 @@ def fit(
         raise ValueError("fit: at least one proxy must be given, got none")
     rows = torch.arange(len(sequences)) if rows is None else rows
     ids_sL = sequences.ids[rows]
-    mean_sK = torch.stack([_mean_probability(one, ids_sL, batch_size) for one in proxies], dim=1)
+    mean_sK = torch.stack(
+        [
+            one.mean_probability(rows)
+            if isinstance(one, KeptText)
+            else _mean_probability(one, ids_sL, batch_size)
+            for one in proxies
+        ],
+        dim=1,
+    )
     fit_SK = mean_sK.new_zeros(len(sequences), len(proxies))
     fit_SK[rows] = mean_sK - mean_sK.mean(dim=1, keepdim=True)
     return fit_SK

@@ -21,9 +21,13 @@ from deepfusion_kernels.nn import StageCollector
 
 from ..models import build
 from ..training import cross_entropy
+from .kept import KeptText
 
 if TYPE_CHECKING:
     from .bridge import Bridge
+
+# a proxy, or what a cluster said of the public text
+Teacher = nn.Module | KeptText
 
 # how often L is recorded by term: one more pass over the vocabulary, without gradient
 TERMS_EVERY = 10
@@ -34,11 +38,13 @@ IGNORED = -100
 class Teaching:
     """A student, its teachers, and how much each term counts; views[i] belongs to teachers[i].
 
+    A teacher without a model has no features and a temperature of 1.
+
     bridge: for teachers of another tokenizer; the KL is then a mean over what can be compared.
     """
 
     student: nn.Module
-    teachers: Sequence[nn.Module] = ()
+    teachers: Sequence[Teacher] = ()
     views: Sequence[nn.Module] = field(default_factory=tuple)
     alpha: float = 0.0
     beta: float = 0.0
@@ -50,7 +56,13 @@ class Teaching:
 
     def __post_init__(self) -> None:
         for teacher in self.teachers:
-            teacher.eval().requires_grad_(False)
+            if isinstance(teacher, nn.Module):
+                teacher.eval().requires_grad_(False)
+            elif self.stages or self.temperature != 1.0 or self.bridge is not None:
+                raise ValueError(
+                    "teaching: log-probabilities teach at temperature 1, without features and "
+                    f"without a bridge, got temperature {self.temperature}, {self.stages} stages"
+                )
 
     @property
     def stages(self) -> int:
@@ -62,7 +74,7 @@ class Teaching:
     ) -> dict[str, Tensor]:
         """Terms of one batch: ids [B, L] int64, teacher [B] int64, -1 for none; sorted is fastest.
 
-        rows [B]: which public sequences these are, for teaching that knows more of each.
+        rows [B]: which public sequences these are, for teachers without a model, or more than one.
 
         "loss" is L; "feature" is L_FM; every TERMS_EVERY steps also "ce" and "kl", as means over
         all and over the taught tokens.
@@ -76,10 +88,11 @@ class Teaching:
         counts = sizes.tolist()
         # split, not slices: its gradient is one concatenation
         ids, hidden, *views = (torch.split(one, counts) for one in (ids_BL, hidden_BLD, *stages))
+        rows = [None] * len(counts) if rows_B is None else torch.split(rows_B, counts)
         total = torch.zeros((), device=ids_BL.device)
         feature = torch.zeros((), device=ids_BL.device)
         for n, owner in enumerate(found.tolist()):
-            part = self._part(owner, ids[n], hidden[n], [stage[n] for stage in views])
+            part = self._part(owner, ids[n], hidden[n], [stage[n] for stage in views], rows[n])
             total = total + part[0]
             feature = feature + part[1] * (counts[n] / len(ids_BL))
         tokens = ids_BL[:, 1:].numel()
@@ -117,15 +130,25 @@ class Teaching:
         return loss
 
     def _part(
-        self, owner: int, ids_BL: Tensor, hidden_BLD: Tensor, student_stages: Sequence[Tensor]
+        self,
+        owner: int,
+        ids_BL: Tensor,
+        hidden_BLD: Tensor,
+        student_stages: Sequence[Tensor],
+        rows_B: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Sum over tokens of CE + beta KL, and L_FM, of the sequences that one teacher teaches."""
         nothing = torch.zeros((), device=ids_BL.device)
         if owner < 0:
             return self._token_sum(ids_BL, hidden_BLD), nothing
         teacher = self.teachers[owner]
+        if isinstance(teacher, KeptText):
+            assert rows_B is not None, "a teacher without a model is asked by the sequence's number"
+            head_VD = build.head_weight(self.student)
+            backend = backend_of(self.kernels)
+            return teacher.token_sum(rows_B, hidden_BLD, head_VD, self.beta, backend), nothing
         if self.bridge is not None:
-            return self._bridged(self.bridge, owner, ids_BL, hidden_BLD, student_stages)
+            return self._bridged(self.bridge, teacher, owner, ids_BL, hidden_BLD, student_stages)
         with torch.no_grad():
             teacher_hidden_BLD, teacher_stages = self._run(teacher, ids_BL)
         token_sum = self._token_sum(ids_BL, hidden_BLD, teacher, teacher_hidden_BLD)
@@ -136,13 +159,14 @@ class Teaching:
     def _bridged(
         self,
         bridge: Bridge,
+        teacher: nn.Module,
         owner: int,
         ids_BL: Tensor,
         hidden_BLD: Tensor,
         student_stages: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor]:
         """`_part` where the teacher reads the same text by other ids."""
-        teacher, batch = self.teachers[owner], bridge.batch(ids_BL)
+        batch = bridge.batch(ids_BL)
         with torch.no_grad():
             teacher_hidden_BLD, teacher_stages = self._run(teacher, batch.teacher_ids)
         token_sum = self._token_sum(ids_BL, hidden_BLD)
@@ -208,7 +232,9 @@ class Teaching:
             if self.bridge is not None:
                 batch = self.bridge.batch(ids_bL)
                 ids_bL, patches = batch.teacher_ids, self.bridge.patches(batch)
-            teacher_stages = self._run(self.teachers[owner], ids_bL)[1]
+            teacher = self.teachers[owner]
+            assert isinstance(teacher, nn.Module), "only models have features"
+            teacher_stages = self._run(teacher, ids_bL)[1]
             found.append((owner, student_stages, teacher_stages, patches))
         return found
 

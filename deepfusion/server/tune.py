@@ -22,7 +22,7 @@ from .agreement import agreed
 from .fused import fused_experts
 from .lessons import Lessons, batches_of, teach
 from .router import RouterTap, balance_loss, supervision_loss
-from .teaching import Teaching
+from .teaching import Teacher, Teaching
 
 # who shares it sees the same batches
 STREAM = "tune"
@@ -36,7 +36,7 @@ def tune(
     seed: int,
     *,
     recorder: Recorder,
-    teachers: Sequence[nn.Module] = (),
+    teachers: Sequence[Teacher] = (),
     affinity_SK: Tensor | None = None,
     checkpoint: StepCheckpoint | None = None,
     kernels: str = "auto",

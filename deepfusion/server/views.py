@@ -19,14 +19,17 @@ from deepfusion_kernels.nn import ViewAlignedAttention
 from ..config_tables import DistillConfig
 from ..models import build
 from ..seeding import generator
+from .kept import KeptText
 
 
 def make_views(
-    student: nn.Module, teacher: nn.Module, config: DistillConfig, seed: int, name: str
+    student: nn.Module, teacher: nn.Module | KeptText, config: DistillConfig, seed: int, name: str
 ) -> nn.Module | None:
     """The trained side of L_FM for one teacher, or None where no feature is compared."""
     if config.alpha == 0 or config.feature_loss == "none":
         return None
+    if not isinstance(teacher, nn.Module):
+        raise ValueError("distill.feature_loss must be 'none' for log-probabilities, got features")
     widths = (_width(student), _width(teacher))
     draw = generator(seed, "views", name)
     if config.feature_loss == "linear":

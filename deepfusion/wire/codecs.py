@@ -5,7 +5,10 @@
     xor          bf16(w) XOR bf16(base), high bytes, low bytes, zstd    lossless for bf16 weights
     bf16         bf16(w), high bytes, low bytes, zstd                   needs no common base
 
-Tensors that are not floating point travel as they are (part `raw`).
+    raw          as it is                                               log-probabilities
+
+Tensors that are not floating point travel as they are (part `raw`). Long tensors are encoded a
+stretch at a time: no second copy of a tensor is in memory beside its code.
 """
 
 from __future__ import annotations
@@ -20,15 +23,17 @@ from torch import Tensor
 
 Bits = NDArray[np.uint16]
 CODECS = ("delta-int8", "xor", "bf16")
+RAW = "raw"  # not for weights: `upload.codec` does not offer it
 BLOCK = 64
 ZSTD_LEVEL = 3  # speeds in federation.md 4 were measured at zstd's own default
 PIECE_BYTES = 1 << 20
+STRETCH = 1 << 20  # values encoded at a time; a multiple of BLOCK
 WINDOW_BYTES = 1 << 23  # level 3 asks for 2 MiB; a hostile frame may ask for gigabytes
 
 
 def needs_base(codec: str) -> bool:
     """Whether `decode` reads the base's values, and not its shape alone."""
-    return codec != "bf16"
+    return codec in ("delta-int8", "xor")
 
 
 def encode(codec: str, name: str, tensor: Tensor, base: Tensor) -> dict[str, Tensor]:
@@ -41,18 +46,18 @@ def encode(codec: str, name: str, tensor: Tensor, base: Tensor) -> dict[str, Ten
         raise ValueError(
             f"encode: {name!r} must be {list(base.shape)} as in the base, got {list(tensor.shape)}"
         )
-    tensor = tensor.detach().cpu()
-    if not tensor.is_floating_point():
-        return {"raw": tensor.reshape(-1)}
-    if not bool(tensor.isfinite().all()):
-        bad = int((~tensor.isfinite()).sum())
+    flat = tensor.detach().cpu().reshape(-1)
+    if not flat.is_floating_point():
+        return {"raw": flat}
+    stretches = (flat[begin : begin + STRETCH] for begin in range(0, flat.numel(), STRETCH))
+    if bad := sum(int((~one.isfinite()).sum()) for one in stretches):
         raise ValueError(f"encode: {name!r} must be finite, got {bad} values that are not")
+    if codec == RAW:
+        return {"raw": flat.to(base.dtype)}
+    flat_base = base.reshape(-1)
     if codec == "delta-int8":
-        return _encode_delta(name, tensor.float().reshape(-1) - base.float().cpu().reshape(-1))
-    bits = _bf16_bits(name, tensor)
-    if codec == "xor":
-        bits = bits ^ _bf16_bits("base", base)
-    return {"zstd": _compress(bits)}
+        return _encode_delta(name, flat, flat_base.cpu())
+    return {"zstd": _compress(name, flat, flat_base.cpu() if codec == "xor" else None)}
 
 
 def decode(codec: str, name: str, parts: Mapping[str, Tensor], base: Tensor) -> Tensor:
@@ -62,7 +67,7 @@ def decode(codec: str, name: str, parts: Mapping[str, Tensor], base: Tensor) -> 
     what another machine sent is trusted here.
     """
     _expect_codec(codec)
-    if not base.is_floating_point():
+    if codec == RAW or not base.is_floating_point():
         raw = _part(name, parts, "raw", base.dtype, base.numel(), of=1)
         return raw.reshape(base.shape)
     if codec == "delta-int8":
@@ -70,7 +75,7 @@ def decode(codec: str, name: str, parts: Mapping[str, Tensor], base: Tensor) -> 
     packed = _part(name, parts, "zstd", torch.uint8, None, of=1)
     bits = _decompress(name, packed, base.numel())
     if codec == "xor":
-        bits = bits ^ _bf16_bits("base", base)
+        bits = bits ^ _bf16_bits("base", base.cpu().reshape(-1))
     values = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).float()
     _expect_finite(name, values, "values")
     return values.reshape(base.shape)
@@ -78,7 +83,7 @@ def decode(codec: str, name: str, parts: Mapping[str, Tensor], base: Tensor) -> 
 
 def part_names(codec: str, base: Tensor) -> tuple[str, ...]:
     """The parts a tensor of this type has."""
-    if not base.is_floating_point():
+    if codec == RAW or not base.is_floating_point():
         return ("raw",)
     return ("q", "scale") if codec == "delta-int8" else ("zstd",)
 
@@ -86,7 +91,7 @@ def part_names(codec: str, base: Tensor) -> tuple[str, ...]:
 def largest_bytes(codec: str, base: Tensor) -> int:
     """The most bytes an honest encoder makes of one tensor."""
     count = base.numel()
-    if not base.is_floating_point():
+    if codec == RAW or not base.is_floating_point():
         return count * base.element_size()
     if codec == "delta-int8":
         return count + 2 * -(-count // BLOCK)
@@ -94,9 +99,22 @@ def largest_bytes(codec: str, base: Tensor) -> int:
     return 2 * count + (2 * count >> 8) + 256
 
 
-def _encode_delta(name: str, delta: Tensor) -> dict[str, Tensor]:
+def _encode_delta(name: str, flat: Tensor, base: Tensor) -> dict[str, Tensor]:
+    count = flat.numel()
+    codes = torch.empty(count, dtype=torch.int8)
+    scale = torch.empty(-(-count // BLOCK), dtype=torch.half)
+    for begin in range(0, count, STRETCH):
+        values = slice(begin, min(begin + STRETCH, count))
+        blocks = slice(begin // BLOCK, -(-values.stop // BLOCK))
+        delta = flat[values].float() - base[values].float()
+        codes[values], scale[blocks] = _encode_stretch(name, delta)
+    return {"q": codes, "scale": scale}
+
+
+def _encode_stretch(name: str, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and block scales of some whole blocks, of which the last may be short."""
     blocks = torch.nn.functional.pad(delta, (0, -delta.numel() % BLOCK)).reshape(-1, BLOCK)
-    wanted = blocks.abs().amax(1) / 127 if blocks.numel() else blocks.new_zeros(0)
+    wanted = blocks.abs().amax(1) / 127
     scale = wanted.half()
     # fp16 rounds to nearest: one step up where it fell short, so that no value is clipped
     scale = torch.where(
@@ -109,7 +127,7 @@ def _encode_delta(name: str, delta: Tensor) -> dict[str, Tensor]:
         )
     steps = scale.float().clamp_min(torch.finfo(torch.float32).tiny)
     codes = (blocks / steps[:, None]).round().clamp(-127, 127).to(torch.int8)
-    return {"q": codes.reshape(-1)[: delta.numel()].clone(), "scale": scale}
+    return codes.reshape(-1)[: delta.numel()], scale
 
 
 def _decode_delta(name: str, parts: Mapping[str, Tensor], base: Tensor) -> Tensor:
@@ -133,11 +151,19 @@ def _bf16_bits(name: str, tensor: Tensor) -> Bits:
     return bits
 
 
-def _compress(bits: Bits) -> Tensor:
+def _compress(name: str, flat: Tensor, base: Tensor | None) -> Tensor:
     """Planes of high bytes (sign and exponent: few values) and low bytes, one zstd frame."""
-    planes = np.concatenate([(bits >> 8).astype(np.uint8), (bits & 0xFF).astype(np.uint8)])
-    packed = zstandard.ZstdCompressor(ZSTD_LEVEL).compress(planes.tobytes())
-    return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+    packer = zstandard.ZstdCompressor(ZSTD_LEVEL).compressobj(size=2 * flat.numel())
+    packed = []
+    for shift in (8, 0):
+        for begin in range(0, flat.numel(), STRETCH):
+            values = slice(begin, begin + STRETCH)
+            bits = _bf16_bits(name, flat[values])
+            if base is not None:
+                bits = bits ^ _bf16_bits("base", base[values])
+            packed.append(packer.compress((bits >> shift).astype(np.uint8).tobytes()))
+    packed.append(packer.flush())
+    return torch.frombuffer(bytearray(b"".join(packed)), dtype=torch.uint8)
 
 
 def _decompress(name: str, packed: Tensor, count: int) -> Bits:
@@ -187,5 +213,5 @@ def _expect_finite(name: str, values: Tensor, what: str) -> None:
 
 
 def _expect_codec(codec: str) -> None:
-    if codec not in CODECS:
+    if codec not in (*CODECS, RAW):
         raise ValueError(f"codec must be one of {', '.join(map(repr, CODECS))}, got {codec!r}")

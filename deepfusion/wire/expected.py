@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .. import files
 from ..checkpoints import find_ties, load_state, save_state
-from ..messages import PROTOCOL
+from ..messages import PROTOCOL, Content
 from . import codecs
+from .contents import codec_of, sent
 from .package import ENTRY_BYTES, HEADER_BYTES, state_revision
 
 MANIFEST_BYTES = 1 << 20  # 256 MiB shards of 200 bytes each: room for a terabyte of weights
@@ -30,24 +31,32 @@ class ArchitectureSpec:
 
     @classmethod
     def of(
-        cls, base: Mapping[str, Tensor], codec: str, base_revision: str, max_mib: int = 2048
+        cls,
+        base: Mapping[str, Tensor],
+        codec: str,
+        base_revision: str,
+        max_mib: int = 2048,
+        content: Content | None = None,
     ) -> ArchitectureSpec:
         """The spec of a state dict, whose largest honest upload bounds every upload.
 
         Raises ValueError if even an honest upload would be longer than `max_mib`: nothing is
         allocated before that, so a meta state of any size may be asked about.
         """
+        content = content or Content()
+        codec, travels = codec_of(content, codec), sent(content, base)
         ties = find_ties(base)
-        unique = {name: tensor for name, tensor in base.items() if name not in ties}
+        tied = ties if content.kind == "weights" else {}
+        unique = {name: tensor for name, tensor in travels.items() if name not in tied}
         honest = sum(codecs.largest_bytes(codec, tensor) for tensor in unique.values())
         # a tensor has at most two parts, and a part one piece more for every shard it crosses
         headers = sum(2 * (ENTRY_BYTES + len(name)) for name in unique) + HEADER_BYTES
         most = honest + headers + honest // 64 + 2 * MANIFEST_BYTES
         if most > max_mib << 20:
-            parameters = sum(tensor.numel() for tensor in unique.values())
+            values = sum(tensor.numel() for tensor in unique.values())
             raise ValueError(
-                f"upload.max_mib must be >= {(most >> 20) + 1} for an architecture of "
-                f"{parameters} parameters, got {max_mib}"
+                f"upload.max_mib must be >= {(most >> 20) + 1} for {content.kind} of "
+                f"{values} parameters, got {max_mib}"
             )
         return cls(base, base_revision, ties, most)
 
@@ -63,6 +72,7 @@ class Expected:
     protocol: int = PROTOCOL
     max_update_norm: float = 0.0
     shard_bytes: int = 256 << 20
+    content: Content = field(default_factory=Content)
 
 
 def save_expected(folder: Path, expected: Expected) -> None:
@@ -72,6 +82,7 @@ def save_expected(folder: Path, expected: Expected) -> None:
         facts: dict[str, object] = {
             key: value for key, value in vars(expected).items() if key != "architectures"
         }
+        facts["content"] = asdict(expected.content)
         architectures = []
         for index, (name, spec) in enumerate(sorted(expected.architectures.items())):
             shapes = {key: [str(one.dtype), list(one.shape)] for key, one in spec.base.items()}
@@ -111,4 +122,5 @@ def load_expected(folder: Path) -> Expected:
         architectures[one["name"]] = ArchitectureSpec(
             base, one["base_revision"], one["ties"], one["max_bytes"]
         )
+    facts["content"] = Content(**facts["content"])
     return Expected(architectures=architectures, **facts)

@@ -6,9 +6,10 @@ listing and lengths -> manifest -> SHA-256 -> embedding -> names -> each tensor 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,14 @@ from torch import Tensor
 
 from .. import files
 from ..messages import DeviceUpdate, Manifest, UploadRefused
-from . import codecs
+from . import adapters, kept
 from .audit import Audit
+from .contents import codec_of
 from .expected import MANIFEST_BYTES, ArchitectureSpec, Expected
-from .package import EMBEDDING, MANIFEST, Shards, decode_embedding, shard_name
+from .package import EMBEDDING, MANIFEST, Sent, decode_embedding, shard_name
 
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors", re.ASCII)
+LARGEST = 3.4e38  # beyond it float32 has no finite sum
 NORM_FACTOR = 10.0  # method.md 9
 NORM_VOTES = 3  # fewer uploads have no median worth the name
 
@@ -107,19 +110,24 @@ def _facts(manifest: Manifest, expected: Expected, device: str) -> ArchitectureS
             f"architecture must be one of {allowed}, got {manifest.architecture[:64]!r}"
         )
     spec = expected.architectures[manifest.architecture]
+    whole = expected.content.kind == "weights"
     agreed: list[tuple[str, object, object]] = [
         ("protocol", expected.protocol, manifest.protocol),
         ("device", device, manifest.device),
-        ("codec", expected.codec, manifest.codec),
+        ("content", expected.content, manifest.content),
+        ("codec", codec_of(expected.content, expected.codec), manifest.codec),
         ("tokenizer fingerprint", expected.tokenizer_fingerprint, manifest.tokenizer_fingerprint),
         ("base revision", spec.base_revision, manifest.base_revision),
-        ("ties", dict(spec.ties), dict(manifest.ties)),
+        ("ties", dict(spec.ties) if whole else {}, dict(manifest.ties)),
     ]
     for what, wanted, got in agreed:
         if wanted != got:
             raise ValueError(f"{what} must be {wanted!r}, got {str(got)[:200]!r}")
     if manifest.tokens <= 0:
         raise ValueError(f"tokens must be a positive integer, got {manifest.tokens}")
+    for name, value in manifest.privacy.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"privacy {name} must be finite and >= 0, got {value}")
     return spec
 
 
@@ -185,24 +193,53 @@ def _tensors(
     folder: Path, manifest: Manifest, spec: ArchitectureSpec, max_update_norm: float
 ) -> dict[str, float]:
     """Names exact, every part decodes, every value finite; returns |m_n - base| of each tensor."""
-    shards = Shards(folder, len(manifest.shards))
-    wanted = spec.base.keys() - spec.ties.keys()
-    for name in sorted(wanted - shards.places.keys()):
+    found = Sent(folder, manifest, spec.base)
+    for name in sorted(found.keys() - found.places):
         raise ValueError(f"tensor {name!r} is missing")
-    for name in sorted(shards.places.keys() - wanted):
+    for name in sorted(found.places - found.keys()):
         raise ValueError(f"tensor {name[:80]!r} does not belong to {manifest.architecture}")
     norms = {}
-    for name in sorted(wanted):
-        base = spec.base[name]
-        tensor = codecs.decode(manifest.codec, name, shards.parts(name), base)
-        if base.is_floating_point() and not base.is_meta:
-            norms[name] = _norm(tensor, base)
-            if 0 < max_update_norm < norms[name]:
-                raise ValueError(
-                    f"tensor {name!r} must differ from the base by at most "
-                    f"{max_update_norm:g} (upload.max_update_norm), got {norms[name]:.6g}"
-                )
+    for name, norm in _NORMS_OF[manifest.content.kind](found, manifest, spec):
+        if not norm < LARGEST:
+            raise ValueError(f"tensor {name!r} must differ from the base by less, got {norm}")
+        if 0 < max_update_norm < norm:
+            raise ValueError(
+                f"tensor {name!r} must differ from the base by at most "
+                f"{max_update_norm:g} (upload.max_update_norm), got {norm:.6g}"
+            )
+        norms[name] = norm
     return norms
+
+
+Norms = Iterator[tuple[str, float]]
+
+
+def _norms_of_weights(found: Sent, manifest: Manifest, spec: ArchitectureSpec) -> Norms:
+    for name in found:
+        base = spec.base[name]
+        tensor = found[name]
+        if base.is_floating_point() and not base.is_meta:
+            yield name, _norm(tensor, base)
+
+
+def _norms_of_adapters(found: Sent, manifest: Manifest, spec: ArchitectureSpec) -> Norms:
+    """Of what the merge will add, without adding it."""
+    for name in adapters.adapted(spec.base):
+        yield name, adapters.norm(found[name + adapters.LEFT], found[name + adapters.RIGHT])
+
+
+def _norms_of_logprobs(found: Sent, manifest: Manifest, spec: ArchitectureSpec) -> Norms:
+    """Every block is checked; there is no model whose norm could be taken."""
+    for name in found:
+        kept.check(name, found[name], manifest.content)
+    yield from ()
+
+
+_NORMS_OF: Mapping[str, Callable[[Sent, Manifest, ArchitectureSpec], Norms]] = {
+    "weights": _norms_of_weights,
+    "adapter": _norms_of_adapters,
+    "logprobs": _norms_of_logprobs,
+}
 
 
 def _norm(tensor: Tensor, base: Tensor) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..ledger import Ledger, weigh_upload
 from ..messages import DeviceUpdate, Manifest, TooFewUploads, UploadRefused
 from .audit import Audit
+from .contents import sent
 from .expected import ArchitectureSpec, Expected
 from .gate import admit, check_norms
 
@@ -71,14 +72,18 @@ def _weigh(
     node: str,
 ) -> None:
     spec = expected.architectures.get(manifest.architecture) if manifest else None
-    parameters = parameters_of(spec) if spec else 0
+    content = expected.content
+    travels = sent(content, spec.base) if spec else {}
+    tied = spec.ties if spec and content.kind == "weights" else {}
+    own = [tensor for name, tensor in travels.items() if name not in tied]
+    raw = sum(one.numel() * (4 if one.is_floating_point() else one.element_size()) for one in own)
     ledger.add(
         *weigh_upload(
             folder,
             folder.name,
             manifest,
-            parameters=parameters,
-            bytes_raw=4 * parameters,
+            parameters=sum(one.numel() for one in own),
+            bytes_raw=raw,
             node=node,
             status="refused" if refused else "done",
         )

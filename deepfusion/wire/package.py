@@ -24,7 +24,8 @@ from torch import Tensor
 from .. import files
 from ..checkpoints import find_ties
 from ..messages import PROTOCOL, Manifest, ShardInfo, TrainedDevice, UploadRefused
-from . import codecs
+from . import adapters, codecs
+from .contents import codec_of, sent
 
 MANIFEST, EMBEDDING = "manifest.json", "embedding.bin"
 # A header entry, its name apart, is "":{"dtype":"F16","shape":[n],"data_offsets":[a,b]}, and under
@@ -89,7 +90,10 @@ def _pieces(parts: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[d
                 yield shard
                 shard, room = {}, shard_bytes - HEADER_BYTES
                 continue
-            shard[key] = flat[begun : begun + fits].clone()
+            piece_of = flat[begun : begun + fits]
+            # safetensors refuses a piece that shares its memory
+            shares = piece_of.numel() * flat.element_size() < flat.untyped_storage().nbytes()
+            shard[key] = piece_of.clone() if shares else piece_of
             room -= cost + shard[key].numel() * flat.element_size()
             begun, piece = begun + shard[key].numel(), piece + 1
     yield shard
@@ -100,8 +104,10 @@ def _parts(
 ) -> Iterator[tuple[str, Tensor]]:
     for name in sorted(trained.state.keys() - ties.keys()):
         encoded = codecs.encode(codec, name, trained.state[name], trained.base[name])
-        for part, flat in encoded.items():
-            yield f"{name}#{part}", flat
+        while encoded:
+            part = next(iter(encoded))
+            # nothing here may hold on to a part that the shard has taken
+            yield f"{name}#{part}", encoded.pop(part)
 
 
 def write_package(
@@ -109,14 +115,16 @@ def write_package(
 ) -> Manifest:
     """Write one device's upload; same input, same bytes. One shard is in memory at a time.
 
-    Raises ValueError for values the codec cannot hold, DiskFull.
+    codec: for weights and adapters; log-probabilities go as they are. Raises ValueError for values
+    the codec cannot hold, DiskFull.
     """
-    longest = max(map(len, trained.state), default=0)
+    longest = max(map(len, trained.base), default=0)
     if shard_bytes < (least := HEADER_BYTES + ENTRY_BYTES + 2 * longest + 64):
         raise ValueError(f"write_package: shard_bytes must be >= {least}, got {shard_bytes}")
     if missing := sorted(trained.state.keys() ^ trained.base.keys()):
         raise ValueError(f"{trained.device}: {missing[0]!r} must be in state and base, is in one")
-    ties = find_ties(trained.state)
+    codec = codec_of(trained.content, codec)
+    ties = find_ties(trained.state) if trained.content.kind == "weights" else {}
     with files.whole(folder) as partial:
         partial.mkdir()
         count = 0
@@ -143,6 +151,8 @@ def write_package(
             embedding_sha256=hashlib.sha256(embedding).hexdigest(),
             seed=trained.seed,
             versions={name: version(name) for name in ("torch", "safetensors", "zstandard")},
+            content=trained.content,
+            privacy=trained.privacy,
         )
         (partial / MANIFEST).write_text(manifest.to_json())
     return manifest
@@ -194,16 +204,40 @@ class Shards:
         return tensor
 
 
-def read_state(folder: Path, manifest: Manifest, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a package that passed the gate, float32; tied names share one tensor.
+class Sent(Mapping[str, Tensor]):
+    """The tensors of a package that passed the gate, each decoded when it is asked for.
 
-    base: the common base's tensors; for codec bf16 meta tensors will do.
+    base: the common start; for codec bf16 and for log-probabilities meta tensors will do.
     """
-    shards = Shards(folder, len(manifest.shards))
-    state = {
-        name: codecs.decode(manifest.codec, name, shards.parts(name), base[name])
-        for name in sorted(base.keys() - manifest.ties.keys())
-    }
+
+    def __init__(self, folder: Path, manifest: Manifest, base: Mapping[str, Tensor]) -> None:
+        self._shards = Shards(folder, len(manifest.shards))
+        self._codec = manifest.codec
+        self.places = self._shards.places.keys()
+        wanted = sent(manifest.content, base)
+        self._base = {name: wanted[name] for name in sorted(wanted.keys() - manifest.ties.keys())}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return codecs.decode(self._codec, name, self._shards.parts(name), self._base[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+
+def read_state(folder: Path, manifest: Manifest, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model of a package that passed the gate, float32; tied names share one tensor.
+
+    An adapter is merged into `base`. Raises ValueError for an upload that holds no model.
+    """
+    found = Sent(folder, manifest, base)
+    if manifest.content.kind == "adapter":
+        return adapters.merged(base, found)
+    if manifest.content.kind != "weights":
+        raise ValueError(f"{manifest.device}: must hold a model, got {manifest.content.kind}")
+    state = dict(found)
     return state | {name: state[kept] for name, kept in manifest.ties.items()}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from deepfusion.config import TABLES, Config, ConfigError, changed_keys, load, resolve
-from deepfusion.config_tables import RECIPES
+from deepfusion.config_recipes import RECIPES
 
 
 def faults_of(given: dict[str, object], *overrides: str) -> tuple[str, ...]:
@@ -170,3 +170,18 @@ def test_hash_follows_values_and_not_the_output() -> None:
     other = resolve({}, ["tune.steps=101"])
     assert base.hash() != other.hash()
     assert base.hash("distill", "merge") == other.hash("distill", "merge")
+
+
+@pytest.mark.parametrize(
+    "more, wanted",
+    [
+        ("distill.feature_loss='vaa'", "distill.feature_loss must be 'none'"),
+        ("distill.temperature=2.0", "distill.temperature must be 1.0"),
+    ],
+)
+def test_log_probabilities_have_no_features(more: str, wanted: str) -> None:
+    fine = ["upload.kind='logprobs'", "distill.feature_loss='none'"]
+    resolve({}, fine)
+    resolve({}, ["upload.kind='logprobs'", "distill.alpha=0.0"])
+    with pytest.raises(ConfigError, match=wanted):
+        resolve({}, [*fine, more])

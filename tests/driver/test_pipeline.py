@@ -194,3 +194,37 @@ def test_reference_kernels_give_the_same_losses(tmp_path: Path) -> None:
         found[kernels] = scores(folder)
     for name, nll in found["reference"].items():
         assert found["auto"][name] == pytest.approx(nll, rel=2e-5), name
+
+
+KEPT = ("upload.kind='logprobs'", "upload.top_k=4", "distill.feature_loss='none'")
+TWO = ("federation.num_devices=2", "federation.min_devices=2", "devices.architectures=['gpt2']")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("devices.adapter_rank=2", "controls.dense=false"),
+        (*KEPT, "upload.public_sequences=24"),
+        (*KEPT, "run.recipe='direct'", "devices.adapter_rank=2"),
+    ],
+    ids=["adapter", "logprobs", "logprobs-direct-adapter"],
+)
+def test_other_uploads_run(tmp_path: Path, more: tuple[str, ...]) -> None:
+    """From devices that send no whole model to a mixture, with every byte in the ledger."""
+    folder = tmp_path / "run"
+    pipeline.run(tiny(folder, *TWO, "data.made_entities=8", *more, "controls.centralised=false"))
+    found = scores(folder)
+    has_models = "upload.kind='logprobs'" not in more
+    assert any(name.startswith("device-") for name in found) == has_models
+    assert 0 < found["moe"] < 10
+    ledger = json.loads((folder / "ledger.json").read_text())
+    kinds = {row["kind"] for row in ledger["transfers"]}
+    assert kinds >= ({"adapter"} if has_models else {"logprobs", "public"})
+    assert "model" not in kinds
+    for upload in (folder / "uploads").iterdir():
+        sent = sum(path.stat().st_size for path in upload.iterdir())
+        assert ledger["devices"][upload.name]["bytes_up"] == sent
+    assert any("FedMKT logits, top 4" in name for name in ledger["baselines"]) != has_models
+    if not has_models:
+        assert "sent log-probabilities and no models" in (folder / "report.md").read_text()
