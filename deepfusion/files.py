@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,13 +123,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
 
 def append_line(path: Path, line: str, *, sync: bool = False) -> None:
     """Append one line in one write: a killed process leaves at most one unfinished last line."""
-    assert "\n" not in line, "a line holds no line break"
+    append_lines(path, [line], sync=sync)
+
+
+def append_lines(path: Path, lines: Sequence[str], *, sync: bool = True) -> None:
+    """Append lines in one write, all or none where the disk is full."""
+    assert not any("\n" in line for line in lines), "a line holds no line break"
     path.parent.mkdir(parents=True, exist_ok=True)
     with _one_sentence(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             before = os.fstat(descriptor).st_size
-            payload = (line + "\n").encode()
+            payload = "".join(f"{line}\n" for line in lines).encode()
             try:
                 written = os.write(descriptor, payload)
                 if written != len(payload):
@@ -145,18 +150,36 @@ def append_line(path: Path, line: str, *, sync: bool = False) -> None:
 
 def whole_lines(path: Path) -> list[str]:
     """The finished lines of a file; a torn last one is no line, a missing file has none."""
+    return list(each_whole_line(path))
+
+
+def each_whole_line(path: Path) -> Iterator[str]:
+    """`whole_lines` one at a time, for files that need not fit into memory."""
     if not path.exists():
-        return []
-    finished, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return finished.split("\n") if finished else []
+        return
+    with path.open(encoding="utf-8", newline="\n") as stream:
+        for line in stream:
+            if line.endswith("\n"):
+                yield line[:-1]
 
 
 def drop_unfinished_line(path: Path) -> None:
     """Cut off what a killed process left behind the last line break."""
-    if path.exists():
-        content = path.read_bytes()
-        if not content.endswith(b"\n"):
-            os.truncate(path, content.rfind(b"\n") + 1)
+    if not path.exists():
+        return
+    with path.open("rb+") as stream:
+        end = stream.seek(0, os.SEEK_END)
+        kept = end
+        while kept > 0:
+            start = max(0, kept - CHUNK_BYTES)
+            stream.seek(start)
+            found = stream.read(kept - start).rfind(b"\n")
+            if found >= 0:
+                kept = start + found + 1
+                break
+            kept = start
+        if kept < end:
+            stream.truncate(kept)
 
 
 def sha256_of(path: Path) -> str:

@@ -5,15 +5,19 @@ FedAvg of the MoE            2 x bytes(MoE) x rounds x N
 partial MoE (FedJETS-like)   2 x f x bytes(MoE) x rounds x N
 FedAvg of a dense model      2 x bytes(dense) x rounds x N         only if devices are alike
 FedMKT logits                tokens x k x 6 B x 2 x rounds x N
+
+Small ledgers are rewritten at every message. A large one notes messages in a journal beside it and
+is rewritten when that has grown by a quarter: N messages cost O(N), and none is lost in between.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +26,10 @@ from .messages import Manifest
 
 BYTES_OF_LOGIT = 6  # a token id of 4 bytes and a value of 2
 SMALL = ("embedding", "manifest")
+SMALL_ROWS, GROWTH = 256, 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Transfer:
     """One message. bytes_raw: the same content before packing; bytes_wasted: sent and then lost."""
 
@@ -70,13 +75,20 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path.with_suffix(".json")
+        self.journal = path.with_suffix(".journal.jsonl")
         self._rows: dict[tuple[str, str, str, int], Transfer] = {}
         self._baselines: dict[str, float] = {}
+        self._unsaved = 0
         if self.path.exists():
-            found = json.loads(self.path.read_text())
-            self._baselines = found["baselines"]
-            for row in found["transfers"]:
-                self._put(Transfer(**row))
+            with self.path.open() as stream:
+                self._baselines = json.loads(stream.readline() + "]}")["baselines"]
+                for line in stream:
+                    if line.startswith("{"):
+                        self._put(_transfer(line.rstrip(",\n")))
+        files.drop_unfinished_line(self.journal)
+        for line in files.whole_lines(self.journal):
+            self._put(_transfer(line))
+            self._unsaved += 1
 
     def _put(self, row: Transfer) -> None:
         # the same message noted twice is one transfer: a resumed run notes its uploads again
@@ -88,44 +100,90 @@ class Ledger:
         return tuple(self._rows[key] for key in sorted(self._rows))
 
     def add(self, *rows: Transfer) -> None:
-        """Note transfers; both files are whole when this returns. Raises DiskFull."""
+        """Note transfers; they are on the disk when this returns. Raises DiskFull."""
         for row in rows:
             self._put(row)
-        self._write()
+        self._unsaved += len(rows)
+        held = len(self._rows)
+        if held <= SMALL_ROWS or self._unsaved * GROWTH >= held:
+            self.write()
+        else:
+            files.append_lines(self.journal, [_line(row) for row in rows])
 
     def compare(self, baselines: Mapping[str, float]) -> None:
         """Note what other methods would have sent."""
         self._baselines = dict(baselines)
-        self._write()
+        self.write()
 
     def totals(self, device: str | None = None) -> Totals:
         """Sums of the run, or of one device."""
-        rows = [row for row in self.transfers if device in (None, row.device)]
-        return Totals(
-            bytes_up=sum(row.bytes_wire for row in rows if row.direction == "up"),
-            bytes_down=sum(row.bytes_wire for row in rows if row.direction == "down"),
-            bytes_wasted=sum(row.bytes_wasted for row in rows),
-            transfers=len(rows),
-        )
+        return _sum(row for row in self._rows.values() if device in (None, row.device))
+
+    def by_device(self) -> dict[str, Totals]:
+        """Sums of every device, ordered by name."""
+        rows = sorted(self._rows.values(), key=_device_of)
+        return {device: _sum(own) for device, own in groupby(rows, key=_device_of)}
 
     def as_dict(self) -> dict[str, Any]:
         """Transfers, totals of the run and of each device, baselines: what ledger.json holds."""
-        devices = sorted({row.device for row in self.transfers})
+        return {**self._sums(), "transfers": [_dict(row) for row in self.transfers]}
+
+    def _sums(self) -> dict[str, Any]:
         return {
-            "transfers": [asdict(row) for row in self.transfers],
             "totals": _totals_dict(self.totals()),
-            "devices": {device: _totals_dict(self.totals(device)) for device in devices},
+            "devices": {device: _totals_dict(own) for device, own in self.by_device().items()},
             "baselines": self._baselines,
         }
 
-    def _write(self) -> None:
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        names = [one.name for one in fields(Transfer)]
-        writer.writerow(names)
-        writer.writerows([getattr(row, name) for name in names] for row in self.transfers)
-        files.write_text(self.path.with_suffix(".csv"), table.getvalue())
-        files.write_json(self.path, self.as_dict())
+    def write(self) -> None:
+        """Make both files whole and drop the journal. Raises DiskFull."""
+        ordered = self.transfers
+        with files.whole(self.path.with_suffix(".csv")) as partial, partial.open("w") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(NAMES)
+            writer.writerows([getattr(row, name) for name in NAMES] for row in ordered)
+        with files.whole(self.path) as partial, partial.open("w") as stream:
+            # a row a line, written and read one by one: the whole text is never in memory
+            stream.write(json.dumps(self._sums(), sort_keys=True)[:-1] + ', "transfers": [')
+            for index, row in enumerate(ordered):
+                stream.write(("," if index else "") + "\n" + _line(row))
+            stream.write("\n]}\n")
+        files.remove(self.journal)
+        self._unsaved = 0
+
+
+NAMES = tuple(one.name for one in fields(Transfer))
+
+
+def _dict(row: Transfer) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in NAMES}
+
+
+def _line(row: Transfer) -> str:
+    return json.dumps(_dict(row), sort_keys=True)
+
+
+def _transfer(line: str) -> Transfer:
+    row: dict[str, Any] = json.loads(line)
+    # a few words that every row repeats: kept once
+    interned: dict[str, Any] = {
+        name: sys.intern(value) if isinstance(value, str) else value for name, value in row.items()
+    }
+    return Transfer(**interned)
+
+
+def _device_of(row: Transfer) -> str:
+    return row.device
+
+
+def _sum(rows: Iterable[Transfer]) -> Totals:
+    up = down = wasted = count = 0
+    for row in rows:
+        up += row.bytes_wire if row.direction == "up" else 0
+        down += row.bytes_wire if row.direction == "down" else 0
+        wasted += row.bytes_wasted
+        count += 1
+    return Totals(bytes_up=up, bytes_down=down, bytes_wasted=wasted, transfers=count)
 
 
 def _totals_dict(totals: Totals) -> dict[str, int]:

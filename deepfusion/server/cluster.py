@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import seeding
 from ..config_tables import ClusterConfig
 from ..messages import DeviceUpdate
-from .kmeans import spherical_kmeans, unit
+from .kmeans import spherical_kmeans
 from .robust import Average, LoadState, robust_average, rule_of
 
 SILHOUETTE_POINTS = 2000  # of an architecture: the figure costs their square
@@ -108,13 +108,17 @@ def group(updates: Sequence[DeviceUpdate], config: ClusterConfig, seed: int) -> 
 
 def clustering_space(devices: Sequence[DeviceUpdate], center: bool) -> tuple[Tensor, Tensor]:
     """Unit points [N, r] in float64 and the origin [r] that was subtracted."""
-    raw = unit(torch.stack([update.embedding for update in devices]).double())
-    origin = raw.mean(dim=0) if center else torch.zeros_like(raw[0])
-    moved = raw - origin
+    # in place: at 10^5 devices every copy of the points is 200 MB
+    points = torch.stack([update.embedding for update in devices]).double()
+    points /= points.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    origin = points.mean(dim=0) if center else torch.zeros_like(points[0])
+    points -= origin
+    is_left = points.norm(dim=1) <= 1e-9
     # NOTE: a lone device, or equal ones, move to zero, where no direction is left; they keep the
     # raw one
-    kept = torch.where(moved.norm(dim=1, keepdim=True) > 1e-9, moved, raw)
-    return unit(kept), origin
+    points[is_left] += origin
+    points /= points.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return points, origin
 
 
 def share_out(sizes: Mapping[str, int], num_clusters: int) -> dict[str, int]:
@@ -161,6 +165,7 @@ def clustering_facts(
     points, _ = clustering_space(devices, bool(clusters[0].origin.any()))
     cells = [cell_of[update.device] for update in devices]
     centres = torch.stack([found.centre for found in clusters]).double()
+    sums = torch.zeros_like(centres).index_add(0, torch.tensor(cells), points)
     truth = [labels[update.device] for update in devices] if labels is not None else None
     return {
         "clusters": [
@@ -173,7 +178,7 @@ def clustering_facts(
             for c in clusters
         ],
         "robust": robust,
-        "objective": float((points * centres[cells]).sum()),
+        "objective": float((sums * centres).sum()),
         "silhouette": _silhouette(points, cells, [update.architecture for update in devices]),
         "adjusted_rand_index": float(adjusted_rand_score(truth, cells)) if truth else None,
     }

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,24 +33,58 @@ class Audit:
         self, upload: Path, *, device: str, node: str, verdict: str, reason: str
     ) -> Mapping[str, Any]:
         """Note one decision; the bytes are on the disk when this returns. Raises DiskFull."""
-        present = sorted(
-            path for path in upload.glob("*") if path.is_file() and not path.is_symlink()
-        )
-        manifest = upload / "manifest.json"
-        line = {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "node": node,
-            "device": device,
-            "sha256": files.sha256_of(manifest) if manifest in present else None,
-            "bytes": sum(path.stat().st_size for path in present),
-            "verdict": verdict,
-            "reason": reason,
-            "previous": self.head,
-        }
-        text = json.dumps(line, sort_keys=True)
-        files.append_line(self.path, text, sync=True)
-        self.head = _hash(text)
+        (line,) = self.append_all([Decision(upload, device, node, verdict, reason)])
         return line
+
+    def append_all(self, decisions: Iterable[Decision]) -> list[Mapping[str, Any]]:
+        """Note decisions in order, with one wait for the disk at the end. Raises DiskFull."""
+        lines: list[Mapping[str, Any]] = []
+        texts: list[str] = []
+        head = self.head
+        for decision in decisions:
+            lines.append({**decision.facts(), "previous": head})
+            texts.append(json.dumps(lines[-1], sort_keys=True))
+            head = _hash(texts[-1])
+        if texts:
+            files.append_lines(self.path, texts)
+            self.head = head
+        return lines
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A verdict on the upload that lies in a folder, or on what a device announced.
+
+    announced: bytes and SHA-256 of a manifest that came without a folder.
+    """
+
+    upload: Path
+    device: str
+    node: str
+    verdict: str
+    reason: str
+    announced: tuple[int, str] | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What a line says, the link to the one before apart."""
+        weight, digest = self.announced or _weigh(self.upload)
+        return {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "node": self.node,
+            "device": self.device,
+            "sha256": digest,
+            "bytes": weight,
+            "verdict": self.verdict,
+            "reason": self.reason,
+        }
+
+
+def _weigh(upload: Path) -> tuple[int, str | None]:
+    """Bytes of an upload's files and the SHA-256 of its manifest, if it has one."""
+    present = sorted(path for path in upload.glob("*") if path.is_file() and not path.is_symlink())
+    manifest = upload / "manifest.json"
+    digest = files.sha256_of(manifest) if manifest in present else None
+    return sum(path.stat().st_size for path in present), digest
 
 
 def _hash(line: str) -> str:
@@ -63,7 +98,7 @@ def verify(path: Path, head: str | None = None) -> str:
     end if it is not `head`.
     """
     previous = NOTHING
-    for number, line in enumerate(files.whole_lines(path), 1):
+    for number, line in enumerate(files.each_whole_line(path), 1):
         try:
             said = json.loads(line)["previous"]
         except (ValueError, KeyError, TypeError):

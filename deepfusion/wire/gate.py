@@ -72,6 +72,23 @@ def admit(
     return update
 
 
+def announce(manifest: bytes, embedding: bytes, expected: Expected, device: str) -> DeviceUpdate:
+    """The cheap checks, for a device that has sent manifest and embedding and no shard yet.
+
+    The result has no folder and no norms. Raises UploadRefused as `inspect` does.
+    """
+    with _refusing(device):
+        if len(manifest) > MANIFEST_BYTES:
+            raise ValueError(
+                f"{MANIFEST} must have at most {MANIFEST_BYTES} bytes, got {len(manifest)}"
+            )
+        facts = Manifest.from_json(manifest)
+        _facts(facts, expected, device)
+        vector = decode_embedding(embedding, expected.embedding_dimensions)
+        _embedding_hash(facts, embedding)
+    return DeviceUpdate(Path(), facts, vector)
+
+
 def _listing(folder: Path, expected: Expected) -> dict[str, int]:
     """Lengths by name; regular files of allowed names only, before a byte of them is read."""
     if folder.is_symlink() or not folder.is_dir():
@@ -173,7 +190,11 @@ def _hashes(folder: Path, manifest: Manifest) -> None:
             raise ValueError(
                 f"shard {shard.name} must have sha256 {shard.sha256[:12]}, got {got[:12]}"
             )
-    got = hashlib.sha256((folder / EMBEDDING).read_bytes()).hexdigest()
+    _embedding_hash(manifest, (folder / EMBEDDING).read_bytes())
+
+
+def _embedding_hash(manifest: Manifest, embedding: bytes) -> None:
+    got = hashlib.sha256(embedding).hexdigest()
     if got != manifest.embedding_sha256:
         raise ValueError(
             f"{EMBEDDING} must have sha256 {manifest.embedding_sha256[:12]}, got {got[:12]}"

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..ledger import Ledger, weigh_upload
+from ..ledger import Ledger, Transfer, weigh_upload
 from ..messages import DeviceUpdate, Manifest, TooFewUploads, UploadRefused
-from .audit import Audit
+from .audit import Audit, Decision
 from .contents import sent
 from .expected import ArchitectureSpec, Expected
-from .gate import admit, check_norms
+from .gate import check_norms, inspect
+
+AT_ONCE = 256  # verdicts for which the disk is waited for once
 
 
 @dataclass(frozen=True)
@@ -33,27 +35,22 @@ def take_in(
 
     Raises TooFewUploads naming every refusal if fewer than `min_devices` are good.
     """
-    refused: dict[str, str] = {}
-    passed: list[DeviceUpdate] = []
     # what went down over a network was noted with the node that it went to
     nodes = {row.device: row.node for row in ledger.transfers if row.node}
+    passed, refused = _judged(folders, expected, audit, nodes)
+    norms = check_norms(list(passed.values()))
+    audit.append_all(
+        Decision(passed[device].folder, device, nodes.get(device, ""), "refused", reason)
+        for device, reason in norms.refused.items()
+    )
+    refused |= norms.refused
+    updates = [update for update in passed.values() if update.device not in refused]
+    rows: list[Transfer] = []
     for folder in folders:
-        try:
-            node = nodes.get(folder.name, "")
-            passed.append(admit(folder, expected, folder.name, audit, node))
-        except UploadRefused as refusal:
-            refused[folder.name] = str(refusal)
-    norms = check_norms(passed)
-    for device, reason in norms.refused.items():
-        folder = next(update.folder for update in passed if update.device == device)
-        node = nodes.get(device, "")
-        audit.append(folder, device=device, node=node, verdict="refused", reason=reason)
-        refused[device] = reason
-    updates = [update for update in passed if update.device not in refused]
-    manifests = {update.device: update.manifest for update in passed}
-    for folder in folders:
-        manifest, is_refused = manifests.get(folder.name), folder.name in refused
-        _weigh(folder, manifest, is_refused, expected, ledger, nodes.get(folder.name, ""))
+        update = passed.get(folder.name)
+        manifest, is_refused = update.manifest if update else None, folder.name in refused
+        rows += _weigh(folder, manifest, is_refused, expected, nodes.get(folder.name, ""))
+    ledger.add(*rows)
     if len(updates) < min_devices:
         reasons = "".join(f"\n  {reason}" for reason in refused.values())
         raise TooFewUploads(
@@ -63,30 +60,44 @@ def take_in(
     return Intake(updates, refused, norms.unchecked)
 
 
+def _judged(
+    folders: Sequence[Path], expected: Expected, audit: Audit, nodes: Mapping[str, str]
+) -> tuple[dict[str, DeviceUpdate], dict[str, str]]:
+    """What passed and what was refused, by device; every verdict is audited before it is used."""
+    passed: dict[str, DeviceUpdate] = {}
+    refused: dict[str, str] = {}
+    decisions: list[Decision] = []
+    for number, folder in enumerate(folders, 1):
+        try:
+            passed[folder.name] = inspect(folder, expected, folder.name)
+        except UploadRefused as refusal:
+            refused[folder.name] = str(refusal)
+        reason = refused.get(folder.name, "")
+        verdict, node = "refused" if reason else "accepted", nodes.get(folder.name, "")
+        decisions.append(Decision(folder, folder.name, node, verdict, reason))
+        if number % AT_ONCE == 0 or number == len(folders):
+            audit.append_all(decisions)
+            decisions.clear()
+    return passed, refused
+
+
 def _weigh(
-    folder: Path,
-    manifest: Manifest | None,
-    refused: bool,
-    expected: Expected,
-    ledger: Ledger,
-    node: str,
-) -> None:
+    folder: Path, manifest: Manifest | None, refused: bool, expected: Expected, node: str
+) -> list[Transfer]:
     spec = expected.architectures.get(manifest.architecture) if manifest else None
     content = expected.content
     travels = sent(content, spec.base) if spec else {}
     tied = spec.ties if spec and content.kind == "weights" else {}
     own = [tensor for name, tensor in travels.items() if name not in tied]
     raw = sum(one.numel() * (4 if one.is_floating_point() else one.element_size()) for one in own)
-    ledger.add(
-        *weigh_upload(
-            folder,
-            folder.name,
-            manifest,
-            parameters=sum(one.numel() for one in own),
-            bytes_raw=raw,
-            node=node,
-            status="refused" if refused else "done",
-        )
+    return weigh_upload(
+        folder,
+        folder.name,
+        manifest,
+        parameters=sum(one.numel() for one in own),
+        bytes_raw=raw,
+        node=node,
+        status="refused" if refused else "done",
     )
 
 
@@ -99,13 +110,14 @@ def device_facts(
     updates: Sequence[DeviceUpdate], expected: Expected, ledger: Ledger
 ) -> list[Mapping[str, object]]:
     """One row a device for the report: architecture, tokens, parameters, bytes."""
+    totals = ledger.by_device()
     return [
         {
             "device": update.device,
             "architecture": update.architecture,
             "tokens": update.tokens,
             "parameters": parameters_of(expected.architectures[update.architecture]),
-            "bytes_wire": ledger.totals(update.device).bytes_up,
+            "bytes_wire": totals[update.device].bytes_up,
         }
         for update in updates
     ]
