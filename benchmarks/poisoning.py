@@ -73,13 +73,22 @@ class Attack:
             if job.upload.exists() or (self.name == "missing" and job.device == self.device):
                 continue
             if job.device == self.device and self.name != "none":
-                self._poison(job)
+                known = [one for one in self._poisoned_before(job) if one.is_dir()]
+                if known:
+                    shutil.copytree(known[0], job.upload)
+                else:
+                    self._poison(job)
             else:
                 shutil.copytree(self.honest / "uploads" / job.device, job.upload)
         for job in jobs:
             outputs = [job.upload] if job.upload.exists() else []
             StageStore(job.run_folder).mark_done(job.device, job.inputs_hash(), outputs)
         return [job.upload for job in jobs]
+
+    def _poisoned_before(self, job: DeviceJob) -> list[Path]:
+        """The same upload of a row with another defence."""
+        rows = sorted(job.run_folder.parent.glob(f"{self.name}-*-{self.device}"))
+        return [row / "uploads" / self.device for row in rows if row != job.run_folder]
 
     def _poison(self, job: DeviceJob) -> None:
         trained = self._scaled(job) if self.name == "scaled" else self._retrained(job)

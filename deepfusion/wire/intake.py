@@ -11,7 +11,8 @@ from ..messages import DeviceUpdate, Manifest, TooFewUploads, UploadRefused
 from .audit import Audit, Decision
 from .contents import sent
 from .expected import ArchitectureSpec, Expected
-from .gate import check_norms, inspect
+from .gate import inspect
+from .norms import check_norms
 
 AT_ONCE = 256  # verdicts for which the disk is waited for once
 

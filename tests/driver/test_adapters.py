@@ -13,7 +13,8 @@ from deepfusion.wire import adapters
 from deepfusion.wire.codecs import CODECS
 from deepfusion.wire.contents import sent
 from deepfusion.wire.expected import ArchitectureSpec, Expected
-from deepfusion.wire.gate import check_norms, inspect
+from deepfusion.wire.gate import inspect
+from deepfusion.wire.norms import check_norms
 from deepfusion.wire.package import read_state, state_revision, write_package
 
 from .tiny import logits, text, tiny

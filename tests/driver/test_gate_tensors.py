@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from deepfusion.messages import DeviceUpdate, Manifest, UploadRefused
 from deepfusion.wire.expected import load_expected, save_expected
-from deepfusion.wire.gate import check_norms, inspect
+from deepfusion.wire.gate import inspect
+from deepfusion.wire.norms import check_norms
 from deepfusion.wire.package import shard_name, state_revision
 
 from .uploads import assert_refused, edit_shard, expected, packed, rewrite, toy_base, trained
