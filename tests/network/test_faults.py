@@ -55,7 +55,7 @@ def serve(fed: Federation, log: str, limit: int = 0) -> subprocess.Popen[bytes]:
 
 
 def test_device_killed_in_training_comes_back_with_the_same_bytes(federation: Make) -> None:
-    settings = ("devices.steps=400", "devices.checkpoint_steps=20")
+    settings = ("devices.steps=200", "devices.checkpoint_steps=10")
     fed = federation(*settings)
     fed.trained(0)
     work = fed.collect()
@@ -78,7 +78,7 @@ def test_device_restarted_before_anybody_notices_is_asked_again(
 ) -> None:
     """Flower's trap: the new process keeps the node alive and knows nothing of the message."""
     monkeypatch.setattr("deepfusion.flower.gather.PROBE_SECONDS", 10.0)
-    fed = federation("devices.steps=400", "devices.checkpoint_steps=20")
+    fed = federation("devices.steps=200", "devices.checkpoint_steps=10")
     fed.trained(0)
     work = fed.collect()
     fed.join(0)
