@@ -16,6 +16,7 @@ from typing import Any
 from . import files, metrics
 from .config import Config, ConfigError, load
 from .messages import TooFewUploads, TransportFailed, UploadRefused
+from .wire.audit import examine
 from .wire.expected import load_expected
 from .wire.gate import inspect
 
@@ -53,13 +54,15 @@ def init(target: Path | None, overrides: Sequence[str]) -> int:
 
 
 def validate(target: Path | None, overrides: Sequence[str]) -> int:
-    """The gate, by hand, for an upload that lies inside a run folder."""
+    """The gate, by hand, for an upload inside a run folder; the audit chain, for a run folder."""
     assert target is not None, "the parser asks for a folder"
     if overrides:
         raise ConfigError("--set", ["validate takes no --set; the run folder holds what it checks"])
     if not target.is_dir():
-        raise ConfigError(str(target), ["must be the folder of an upload, is none"])
+        raise ConfigError(str(target), ["must be the folder of an upload or of a run, is none"])
     folder = target.resolve()
+    if (folder / "audit.jsonl").is_file():
+        return _validate_audit(folder)
     homes = [parent / "expected" for parent in folder.parents]
     home = next((one for one in homes if (one / "expected.json").exists()), None)
     if home is None:
@@ -72,6 +75,15 @@ def validate(target: Path | None, overrides: Sequence[str]) -> int:
     print(
         f"{update.device}: accepted: {update.architecture}, {shards} shards, {update.tokens} tokens"
     )
+    return DONE
+
+
+def _validate_audit(folder: Path) -> int:
+    try:
+        count, head = examine(folder)
+    except ValueError as fault:
+        raise UploadRefused(str(fault)) from None
+    print(f"{folder / 'audit.jsonl'}: {count} lines follow each other; the last one is {head}")
     return DONE
 
 

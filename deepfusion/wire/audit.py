@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 from .. import files
 
 NOTHING = "0" * 64
+HEAD = re.compile(r"audit chain: SHA-256 ([0-9a-f]{64})")  # as the report prints it
 
 
 class Audit:
@@ -91,16 +93,16 @@ def _hash(line: str) -> str:
     return hashlib.sha256(line.encode()).hexdigest()
 
 
-def verify(path: Path, head: str | None = None) -> str:
-    """Follow the chain and return its head; a missing file is an empty chain.
+def follow(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every line with its SHA-256, as long as each follows from the one before.
 
-    Raises ValueError naming the first line that does not follow from the one before, or the file's
-    end if it is not `head`.
+    Raises ValueError naming the first line that does not.
     """
     previous = NOTHING
     for number, line in enumerate(files.each_whole_line(path), 1):
         try:
-            said = json.loads(line)["previous"]
+            facts = json.loads(line)
+            said = facts["previous"]
         except (ValueError, KeyError, TypeError):
             said = None
         if said != previous:
@@ -109,6 +111,45 @@ def verify(path: Path, head: str | None = None) -> str:
                 "a line was altered, removed or put in"
             )
         previous = _hash(line)
-    if head is not None and previous != head:
-        raise ValueError(f"{path}: must end at {head[:12]}, got {previous[:12]}; lines are missing")
-    return previous
+        yield facts, previous
+
+
+def verify(path: Path, head: str | None = None) -> str:
+    """Follow the chain and return its head; a missing file is an empty chain.
+
+    Raises ValueError naming the first line that does not follow from the one before, or the file's
+    end if it is not `head`.
+    """
+    found = NOTHING
+    for _, digest in follow(path):
+        found = digest
+    if head is not None and found != head:
+        raise ValueError(f"{path}: must end at {head[:12]}, got {found[:12]}; lines are missing")
+    return found
+
+
+def examine(run_folder: Path) -> tuple[int, str]:
+    """(lines, head) of a run's audit file, held against what else the run folder says.
+
+    The head that report.md prints must be a line of the chain: else the end was cut off. The
+    manifest of every upload must be the one that the device's last line names. Raises ValueError.
+    """
+    path, report = run_folder / "audit.jsonl", run_folder / "report.md"
+    printed = HEAD.search(report.read_text()) if report.exists() else None
+    told = printed[1] if printed else NOTHING
+    last: dict[str, str | None] = {}
+    count, head, is_told = 0, NOTHING, told == NOTHING
+    for facts, digest in follow(path):
+        count, head = count + 1, digest
+        last[str(facts["device"])] = facts["sha256"]
+        is_told = is_told or head == told
+    if not is_told:
+        raise ValueError(f"{path}: must hold {told[:12]}, which report.md names; lines are missing")
+    for device, digest in sorted(last.items()):
+        manifest = run_folder / "uploads" / device / "manifest.json"
+        if manifest.is_file() and (got := files.sha256_of(manifest)) != digest:
+            raise ValueError(
+                f"{manifest}: must have sha256 {str(digest)[:12]} as {path.name} says, "
+                f"got {got[:12]}; the upload was changed after it was judged"
+            )
+    return count, head

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from deepfusion.wire.audit import NOTHING, Audit, verify
+from deepfusion.cli import DONE, REFUSED, main
+from deepfusion.wire.audit import NOTHING, Audit, examine, verify
 
 from .uploads import packed
 
@@ -89,3 +90,45 @@ def test_broken_chain_is_not_written_to(audit: Audit) -> None:
     audit.path.write_text("\n".join(lines_of(audit)[1:]) + "\n")
     with pytest.raises(ValueError, match="line 1 must follow"):
         Audit(audit.path)
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """Two audited uploads, and the head as a report prints it."""
+    audit = Audit(tmp_path / "audit.jsonl")
+    for device in ("device-00", "device-01"):
+        packed(tmp_path / "uploads" / device, device=device)
+        upload = tmp_path / "uploads" / device
+        audit.append(upload, device=device, node="", verdict="accepted", reason="")
+    said = f"Last line of the audit chain: SHA-256 {audit.head}."
+    (tmp_path / "report.md").write_text(said)
+    return tmp_path
+
+
+def test_command_follows_the_chain(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", str(run_folder)]) == DONE
+    assert "2 lines follow each other" in capsys.readouterr().out
+    # lines after the report are no fault: a later round adds them
+    audit = Audit(run_folder / "audit.jsonl")
+    audit.append(run_folder, device="device-02", node="", verdict="refused", reason="late")
+    assert examine(run_folder) == (3, audit.head)
+
+
+@pytest.mark.parametrize("fault", ["cut", "altered", "changed upload"])
+def test_command_refuses_a_broken_chain(
+    run_folder: Path, fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run_folder / "audit.jsonl"
+    lines = path.read_text().splitlines()
+    if fault == "cut":
+        path.write_text(lines[0] + "\n")
+        wanted = "which report.md names; lines are missing"
+    elif fault == "altered":
+        path.write_text("\n".join([lines[0].replace("accepted", "refused"), lines[1]]) + "\n")
+        wanted = "line 2 must follow line 1"
+    else:
+        manifest = run_folder / "uploads" / "device-01" / "manifest.json"
+        manifest.write_text(manifest.read_text().replace("1234", "4321"))
+        wanted = "the upload was changed after it was judged"
+    assert main(["validate", str(run_folder)]) == REFUSED
+    assert wanted in capsys.readouterr().err
