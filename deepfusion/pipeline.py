@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from . import report
-from .asked import content_of, expectation, save_public, taught
+from .asked import taught
 from .assess import assess
 from .checkpoints import load_state, save_model, save_state
 from .config import Config
-from .data.encoding import Encoder, fit_idf, make_encoder
+from .data.encoding import Encoder
 from .data.prepared import Text, documents_of, prepare
 from .device.gather import gather as in_process
-from .device.train import common_start
 from .library import Library
 from .messages import DeviceUpdate, device_name
 from .models import build
@@ -37,26 +36,32 @@ from .server.kept import mean_kept
 from .server.merge import merge
 from .server.robust import robust_average
 from .server.router_init import RouterText
+from .server.shard import ranks
 from .server.tune import drawn, tune
 from .stages import Run
-from .training import train_causal_lm
+from .starts import common_starts, train_base
 from .trust import allowed, clusters_for, trusted
-from .uploads import PUBLIC, Gather, collect, good_updates, job_of
-from .wire.expected import Expected, save_expected
+from .uploads import Gather, collect, good_updates, job_of
+from .wire.expected import Expected
 from .wire.package import Sent, read_state
 
 
 def run(config: Config, gather: Gather = in_process) -> Path:
     """Run every stage that is not done yet in the folder `run.output`; return the report's path.
 
-    Raises what a stage raises, each with a sentence; finished stages stay finished.
+    Under torchrun the students are shared out among the processes, and the mixture is trained by
+    all of them together. Raises what a stage raises, each with a sentence; finished stages stay
+    finished.
     """
     torch.set_num_threads(config.run.threads or torch.get_num_threads())
-    here = Run(config, Path(config.run.output))
-    text = prepare(config, here.folder / "tokenizer")
+    here = Run(config, Path(config.run.output), ranks(config.run.device))
+    text = prepare(config, here.folder / "tokenizer") if here.ranks.first else None
+    here.ranks.wait()
+    # the others read the tokenizer that the first has trained
+    text = text or prepare(config, here.folder / "tokenizer")
     library = Library(here, text.tokenizer, text.device_tokenizer)
-    _base(here, text, library)
-    encode, expected = _starts(here, text.for_devices(), library)
+    train_base(here, text, library)
+    encode, expected = common_starts(here, text.for_devices(), library)
     text = taught(config, text)
     collect(here, text, expected, gather)
     good = good_updates(here, expected)
@@ -69,8 +74,12 @@ def run(config: Config, gather: Gather = in_process) -> Path:
     else:
         _distill(here, text, library, clusters, nearness)
         _merge_and_tune(here, text, library, clusters, nearness)
-    assess(here, text, library, expected, updates, clusters, nearness)
-    return report.write_report(here.folder)
+    if here.ranks.first:
+        alone = Run(config, here.folder)
+        assess(alone, text, library, expected, updates, clusters, nearness)
+        report.write_report(here.folder)
+    here.ranks.wait()
+    return here.folder / report.PAGE
 
 
 def one_device(config: Config, device: int) -> Path:
@@ -83,7 +92,7 @@ def one_device(config: Config, device: int) -> Path:
         return _with_own_text(config, device)
     here = Run(config, Path(config.run.output))
     text = prepare(config, here.folder / "tokenizer")
-    _starts(here, text.for_devices(), Library(here, text.tokenizer, text.device_tokenizer))
+    common_starts(here, text.for_devices(), Library(here, text.tokenizer, text.device_tokenizer))
     return in_process([job_of(here, device, text.shards[device])])[0]
 
 
@@ -98,55 +107,6 @@ def _with_own_text(config: Config, device: int) -> Path:
         )
     documents = documents_of(config, device, config.network.data)
     return in_process([job_of(here, device, documents)])[0]
-
-
-def _base(here: Run, text: Text, library: Library) -> None:
-    """The dense base, trained on public text, or taken as it is."""
-    config = here.config
-
-    def work() -> None:
-        model = library.fresh(config.base.model, "base")
-        train_causal_lm(
-            model,
-            text.sequences,
-            config.base,
-            stage="base",
-            seed=config.run.seed,
-            recorder=here.recorder,
-            checkpoint_path=here.folder / "steps" / "base.safetensors",
-            kernels=config.run.kernels,
-        )
-        save_model(here.folder / "base", model, text.tokenizer)
-
-    here.stage("base", [], ["base"], work, reads=["data", "base"])
-
-
-def _starts(here: Run, text: Text, library: Library) -> tuple[Encoder, Expected]:
-    """Every architecture's common start; what the gate and the embedding need."""
-    config = here.config
-    bases = {}
-    for index, name in enumerate(dict.fromkeys(config.devices.architectures)):
-        path = here.folder / "starts" / f"{index}.safetensors"
-
-        def work(name: str = name, path: Path = path) -> None:
-            checkpoint = here.folder / "steps" / f"start-{path.name}"
-            state = common_start(
-                name, text.sequences, text.tokenizer, config, here.recorder, checkpoint
-            )
-            save_state(path, state, {"architecture": name})
-
-        here.stage(f"start-{index}", [], [f"starts/{path.name}"], work, reads=["data", "devices"])
-        bases[name], _ = load_state(path)
-    save_public(here.folder / "starts" / PUBLIC, config, text)
-    expected = expectation(config, bases, library.fingerprint, content_of(config, text))
-    if not (here.folder / "expected").is_dir():
-        save_expected(here.folder / "expected", expected)
-    idf = None
-    if config.embedding.idf == "public":
-        idf = fit_idf([one.text for one in text.public])
-        if not (here.folder / "starts" / "idf.safetensors").exists():
-            save_state(here.folder / "starts" / "idf.safetensors", {"idf": idf})
-    return make_encoder(config.embedding, idf), expected
 
 
 def _clusters(
@@ -233,7 +193,9 @@ def _distill(
             )
             save_state(here.folder / library.student(one.index), build.state_of(student))
 
-        here.stage(name, ["base", "cluster"], [library.student(one.index)], work, reads=["distill"])
+        outputs = [library.student(one.index)]
+        here.stage(name, ["base", "cluster"], outputs, work, reads=["distill"], by=one.index)
+    here.meet([f"distill-{one.index}" for one in clusters])
 
 
 def _merge_and_tune(
@@ -259,13 +221,16 @@ def _merge_and_tune(
             recorder=here.recorder,
             teachers=[library.teacher(one, text.sequences) for one in clusters],
             affinity_SK=nearness_SK,
-            checkpoint=here.checkpoint("tune", config.tune.checkpoint_steps),
+            checkpoint=here.checkpoint("tune", config.tune.checkpoint_steps, together=True),
             kernels=config.run.kernels,
+            ranks=here.ranks,
         )
-        save_model(here.folder / library.MOE, moe, text.tokenizer)
+        if here.ranks.first:
+            save_model(here.folder / library.MOE, moe, text.tokenizer)
 
     here.stage("merge", students, ["merged"], merged, reads=["merge"])
-    here.stage("tune", ["merge", "cluster"], [library.MOE], tuned, reads=["merge", "tune"])
+    reads = ["merge", "tune"]
+    here.stage("tune", ["merge", "cluster"], [library.MOE], tuned, reads=reads, by="all")
 
 
 def _direct(
@@ -284,10 +249,12 @@ def _direct(
             config.merge,
             config.run.seed,
             recorder=here.recorder,
-            checkpoint=here.checkpoint("direct", config.tune.checkpoint_steps),
+            checkpoint=here.checkpoint("direct", config.tune.checkpoint_steps, together=True),
             kernels=config.run.kernels,
+            ranks=here.ranks,
         )
-        save_model(here.folder / library.MOE, moe, text.tokenizer)
+        if here.ranks.first:
+            save_model(here.folder / library.MOE, moe, text.tokenizer)
 
     tables = ["distill", "merge", "tune"]
-    here.stage("direct", ["base", "cluster"], [library.MOE], work, reads=tables)
+    here.stage("direct", ["base", "cluster"], [library.MOE], work, reads=tables, by="all")

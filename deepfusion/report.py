@@ -21,6 +21,7 @@ from .wire.audit import verify
 
 Table = list[list[str]]
 BARS = ("base", "mean model", "dense control", "centralised twin", "moe")
+PAGE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -290,6 +291,6 @@ def write_report(run_folder: Path) -> Path:
     """
     headline, body = sections(run_folder)
     files.write_text(run_folder / "report.md", as_markdown(headline, body))
-    target = run_folder / "report.html"
+    target = run_folder / PAGE
     files.write_text(target, as_html(headline, body))
     return target

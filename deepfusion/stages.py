@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,6 +21,7 @@ from . import files
 from .checkpoints import StageStore, StepCheckpoint
 from .config import Config
 from .metrics import Recorder, stage_timer
+from .ranks import ALONE, Alone
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 Facts = Mapping[str, Any]
@@ -28,18 +29,25 @@ Facts = Mapping[str, Any]
 
 @dataclass
 class Run:
-    """A run folder that belongs to one configuration."""
+    """A run folder that belongs to one configuration.
+
+    Of several processes that share it the first does every stage that is not said to be another's,
+    and the others wait; what another one records goes to ranks/<rank>.jsonl.
+    """
 
     config: Config
     folder: Path
+    ranks: Alone = ALONE
     store: StageStore = field(init=False)
     recorder: Recorder = field(init=False)
 
     def __post_init__(self) -> None:
         self.store = StageStore(self.folder)
-        self.store.claim(self.config.to_toml(), self.config.hash())
-        self.recorder = Recorder(self.folder / "metrics.jsonl")
-        files.write_json(self.folder / "facts.json", self._facts())
+        self.recorder = Recorder(self.folder / "metrics.jsonl" if self.ranks.first else self._own)
+        if self.ranks.first:
+            self.store.claim(self.config.to_toml(), self.config.hash())
+            files.write_json(self.folder / "facts.json", self._facts())
+        self.ranks.wait()
 
     def stage(
         self,
@@ -49,25 +57,68 @@ class Run:
         work: Callable[[], Facts | None],
         *,
         reads: Sequence[str],
+        by: Literal["first", "all"] | int = "first",
     ) -> None:
         """Do a stage's work, unless it was done on the same inputs and its outputs are whole.
 
         reads: the tables of the configuration that the stage depends on, beside seed and device.
+        by: the first process while the others wait; all of them together, of whom the first writes;
+        or one by its number (modulo theirs), for whom nobody waits before `meet`.
         """
         run = self.config.run
         own = f"{self.config.hash(*reads)} {run.seed} {run.device} {run.kernels}"
         inputs = sha256("".join([own, *map(self.store.outputs_hash, after)]).encode()).hexdigest()
-        if self.store.done(name, inputs):
+        done = self.store.done(name, inputs)
+        shared = isinstance(by, str)
+        if shared:
+            # nobody may write before everybody has looked
+            self.ranks.wait()
+        writes = self.ranks.first if shared else by % self.ranks.size == self.ranks.rank
+        if writes and done:
             print(f"{name}: done before", flush=True)
-            return
+        elif writes:
+            self._do(name, inputs, outputs, work)
+        elif by == "all" and not done:
+            work()
+        if shared:
+            self.ranks.wait()
+
+    def _do(
+        self, name: str, inputs: str, outputs: Sequence[str], work: Callable[[], Facts | None]
+    ) -> None:
         print(f"{name} ...", flush=True)
         with stage_timer(name, self.recorder) as cost:
             facts = work()
         self.store.mark_done(name, inputs, [self.folder / one for one in outputs], facts)
         print(f"{name}: {cost.seconds:.1f} s, peak {cost.peak_mib:.0f} MiB", flush=True)
 
-    def checkpoint(self, name: str, every: int) -> StepCheckpoint:
-        """Where a long stage keeps its state between steps."""
+    def meet(self, stages: Sequence[str]) -> None:
+        """Wait for every process; the first takes over what the others recorded of `stages`."""
+        self.ranks.wait()
+        if self.ranks.first and self.ranks.size > 1:
+            for own in sorted((self.folder / "ranks").glob("*.jsonl")):
+                for stage in stages:
+                    self._take_over(Recorder(own), stage)
+        self.ranks.wait()
+
+    def _take_over(self, other: Recorder, stage: str) -> None:
+        for name in (stage, f"{stage}.views", f"cost.{stage}"):
+            lines = other.lines(name)
+            if lines:
+                self.recorder.restart(name)
+            for line in lines:
+                values = {key: line[key] for key in line if key not in ("stage", "step")}
+                self.recorder.record(name, line["step"], **values)
+
+    @property
+    def _own(self) -> Path:
+        return self.folder / "ranks" / f"{self.ranks.rank}.jsonl"
+
+    def checkpoint(self, name: str, every: int, together: bool = False) -> StepCheckpoint | None:
+        """Where a long stage keeps its state between steps; nowhere if several processes do it
+        together: killed, it begins again."""
+        if together and self.ranks.size > 1:
+            return None
         return StepCheckpoint(self.folder / "steps" / f"{name}.safetensors", every)
 
     def write(self, name: str, facts: Any) -> None:

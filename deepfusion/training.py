@@ -20,6 +20,7 @@ from .config_tables import TrainingConfig
 from .data.batches import Packed, stream
 from .metrics import Recorder, progress
 from .models import build
+from .ranks import ALONE, Alone
 from .seeding import seed_for
 
 # Moonlight (arXiv 2502.16982): root mean square of an update as AdamW's, so that one lr serves both
@@ -38,8 +39,10 @@ class Muon(Optimizer):
         lr: float,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        ranks: Alone = ALONE,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.ranks = ranks
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -51,7 +54,8 @@ class Muon(Optimizer):
                 if parameter.grad is not None:
                     by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
-                ahead = parameters[0].new_empty(len(parameters), *shape)
+                like = parameters[0]
+                ahead = torch.empty(len(parameters), *shape, dtype=like.dtype, device=like.device)
                 for parameter, row in zip(parameters, ahead, strict=True):
                     self._look_ahead(parameter, group["momentum"], row)
                 rate = -group["lr"] * _ADAMW_RMS * math.sqrt(max(shape[-2:]))
@@ -59,7 +63,7 @@ class Muon(Optimizer):
                 for parameter, update in zip(parameters, orthogonalise(ahead), strict=True):
                     if group["weight_decay"]:
                         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update, alpha=rate)
+                    parameter.add_(self.ranks.scattered(update, parameter), alpha=rate)
 
     def _look_ahead(self, parameter: nn.Parameter, momentum: float, out: Tensor) -> None:
         """Nesterov: the mean of the gradients, one step further."""
@@ -68,7 +72,11 @@ class Muon(Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         assert parameter.grad is not None, "only parameters with a gradient are moved"
         state["momentum"].lerp_(parameter.grad, 1 - momentum)
-        torch.lerp(parameter.grad, state["momentum"], momentum, out=out)
+        if self.ranks.size == 1:
+            torch.lerp(parameter.grad, state["momentum"], momentum, out=out)
+        else:
+            ahead = torch.lerp(parameter.grad, state["momentum"], momentum)
+            out.copy_(self.ranks.gathered(ahead))
 
 
 def matrices_of(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -96,22 +104,22 @@ def make_optimizer(
     rest: Sequence[nn.Parameter],
     lr: float,
     weight_decay: float = 0.0,
+    ranks: Alone = ALONE,
 ) -> list[Optimizer]:
     """name "muon": Muon on matrices, AdamW on the rest, one lr; "adamw": AdamW on all.
 
-    Weight decay reaches matrices only.
+    Weight decay reaches matrices only. Sharded parameters have optimisers of their own.
     """
     if name not in ("muon", "adamw"):
         raise ValueError(f"make_optimizer: optimizer must be 'muon' or 'adamw', got {name!r}")
     optimizers: list[Optimizer] = []
-    if matrices:
+    for group in ranks.alike(matrices):
         optimizers.append(
-            Muon(matrices, lr, weight_decay=weight_decay)
+            Muon(group, lr, weight_decay=weight_decay, ranks=ranks)
             if name == "muon"
-            else adamw(matrices, lr, weight_decay)
+            else adamw(group, lr, weight_decay)
         )
-    if rest:
-        optimizers.append(adamw(rest, lr))
+    optimizers += [adamw(group, lr) for group in ranks.alike(rest)]
     return optimizers
 
 
@@ -142,6 +150,7 @@ def train_steps(
     seed: int,
     recorder: Recorder,
     checkpoint: StepCheckpoint | None = None,
+    ranks: Alone = ALONE,
 ) -> None:
     """Trains modules in place; killed and called again, it ends in the same bits.
 
@@ -156,16 +165,17 @@ def train_steps(
     for module in modules.values():
         module.train()
     left = zip(range(start, schedule.steps), batches(start), strict=False)
-    for step, batch in progress(left, stage, total=schedule.steps - start):
+    own = () if ranks.first else (ranks.rank,)
+    for step, batch in progress(left, stage, schedule.steps - start, quiet=not ranks.first):
         # dropout draws from the global generator: each step has a seed of its own
-        torch.manual_seed(seed_for(seed, stage, "step", step))
+        torch.manual_seed(seed_for(seed, stage, "step", step, *own))
         terms = loss_of(batch, step)
-        _backward(terms["loss"], stage, step)
+        means = ranks.mean(terms)
+        _expect_finite(means["loss"], stage, step)
+        torch.autograd.backward(terms["loss"])
         lr = lr_at(step, schedule.steps, schedule.lr, schedule.warmup_share)
-        descend(parameters, optimizers, lr, schedule.clip)
-        recorder.record(
-            stage, step, lr=lr, **{name: float(term.detach()) for name, term in terms.items()}
-        )
+        descend(parameters, optimizers, lr, schedule.clip, ranks)
+        recorder.record(stage, step, lr=lr, **{name: float(one) for name, one in means.items()})
         if checkpoint is not None and checkpoint.due(step + 1) and step + 1 < schedule.steps:
             checkpoint.save(step + 1, modules, optimizers)
     for module in modules.values():
@@ -173,10 +183,14 @@ def train_steps(
 
 
 def descend(
-    parameters: Sequence[nn.Parameter], optimizers: Sequence[Optimizer], lr: float, clip: float
+    parameters: Sequence[nn.Parameter],
+    optimizers: Sequence[Optimizer],
+    lr: float,
+    clip: float,
+    ranks: Alone = ALONE,
 ) -> None:
     """One step along gradients of at most norm `clip`, which are gone afterwards."""
-    nn.utils.clip_grad_norm_(parameters, clip)
+    ranks.clip(parameters, clip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -221,12 +235,11 @@ def train_causal_lm(
         checkpoint.remove()
 
 
-def _backward(loss: Tensor, stage: str, step: int) -> None:
+def _expect_finite(loss: Tensor, stage: str, step: int) -> None:
     if not torch.isfinite(loss):
         raise FloatingPointError(
-            f"{stage}: loss must be finite, got {float(loss.detach())} at step {step}; lower its lr"
+            f"{stage}: loss must be finite, got {float(loss)} at step {step}; lower its lr"
         )
-    torch.autograd.backward(loss)
 
 
 def cross_entropy(model: nn.Module, ids: Tensor, kernels: str = "auto") -> Tensor:

@@ -48,7 +48,8 @@ def collect(here: Run, text: Text, expected: Expected, gather: Gather) -> None:
     """Train the devices; judge and weigh what they upload."""
     config = here.config
     jobs = [job_of(here, index, documents) for index, documents in enumerate(text.shards)]
-    folders = gather(jobs, config.federation.workers)
+    folders = gather(jobs, config.federation.workers) if here.ranks.first else []
+    here.ranks.wait()
 
     def work() -> None:
         ledger, audit = Ledger(here.folder / "ledger"), Audit(here.folder / "audit.jsonl")

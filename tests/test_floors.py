@@ -25,12 +25,12 @@ KERNEL_FLOORS = (
 )
 DRIVER_FLOORS = (
     ("config", "config_tables", "config_recipes", "config_rules", "files", "seeding", "metrics")
-    + ("messages", "plots"),
+    + ("messages", "plots", "ranks"),
     ("models", "data", "wire", "checkpoints", "ledger"),
     ("training", "stages"),
     ("device", "server", "report", "report_trust"),
     ("asked", "library", "uploads"),
-    ("assess", "trust"),
+    ("assess", "starts", "trust"),
     ("pipeline",),
     ("flower",),
     ("cli",),

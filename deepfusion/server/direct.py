@@ -15,6 +15,7 @@ from ..checkpoints import StepCheckpoint
 from ..config_tables import DistillConfig, MergeConfig, TuneConfig
 from ..data.batches import Packed
 from ..metrics import Recorder
+from ..ranks import ALONE, Alone
 from .teaching import Teacher, Teaching
 from .tune import train_mixture
 from .views import make_views
@@ -33,6 +34,7 @@ def direct(
     recorder: Recorder,
     checkpoint: StepCheckpoint | None = None,
     kernels: str = "auto",
+    ranks: Alone = ALONE,
 ) -> nn.Module:
     """Trains an upcycled mixture (merge of K equal bases) in place and returns it.
 
@@ -72,5 +74,7 @@ def direct(
         recorder=recorder,
         checkpoint=checkpoint,
         views_steps=distill.vaa_warmup_steps,
+        ranks=ranks,
     )
-    return moe
+    whole: nn.Module = ranks.whole(moe)
+    return whole

@@ -14,6 +14,7 @@ from ..checkpoints import StepCheckpoint
 from ..config_tables import TrainingConfig
 from ..data.batches import Packed, rows
 from ..metrics import Recorder
+from ..ranks import ALONE, Alone
 from ..training import make_optimizer, matrices_of, train_steps
 from .teaching import Teaching
 
@@ -31,7 +32,8 @@ class Lessons:
     weights: Tensor | None = None
 
 
-ExtraLoss = Callable[[Tensor], Tensor]
+# the teachers [B] of this process's rows, and by how much they stand for the batch's taught ones
+ExtraLoss = Callable[[Tensor, float], Tensor]
 
 
 def teach(
@@ -47,43 +49,41 @@ def teach(
     views_steps: int = 0,
     extra_loss: ExtraLoss | None = None,
     before_step: Callable[[], None] | None = None,
+    ranks: Alone = ALONE,
 ) -> None:
     """Trains teaching.student (and its views) in place on `config.steps` batches.
 
     Stages of one `stream` and seed see the same batches. extra_loss gets the teachers [B] of the
     batch in the order in which the student saw it. Killed and called again, it ends in the same
-    bits.
+    bits. With more than one process the student stays sharded: `ranks.whole` puts it together.
     """
     ids_SL = lessons.sequences.ids
+    ranks.shard(teaching.student)
     resumed = checkpoint is not None and checkpoint.path.exists()
     if views_steps and teaching.stages and not resumed:
-        _warm_views(teaching, lessons, config, seed, views_steps, stage, recorder)
+        _warm_views(teaching, lessons, config, seed, views_steps, stage, recorder, ranks)
 
     def loss_of(rows_B: Tensor, step: int) -> dict[str, Tensor]:
         if before_step is not None:
             before_step()
+        taught = int((lessons.teacher[rows_B] >= 0).sum())
+        rows_B = ranks.part(rows_B)
         # sorted by teacher: sequences of one teacher are one block, without a copy
         rows_B = rows_B[lessons.teacher[rows_B].argsort(stable=True)]
         teacher_B = lessons.teacher[rows_B]
         terms = teaching.loss(ids_SL[rows_B], teacher_B, step, rows_B)
         if extra_loss is not None:
-            extra = extra_loss(teacher_B)
+            stands_for = int((teacher_B >= 0).sum()) * ranks.size / max(1, taught)
+            extra = extra_loss(teacher_B, stands_for)
             terms |= {"loss": terms["loss"] + extra, "router": extra.detach()}
         return terms
 
-    modules = {"student": teaching.student}
-    optimizers = make_optimizer(
-        config.optimizer, *matrices_of(teaching.student), config.lr, config.weight_decay
-    )
+    modules: dict[str, nn.Module] = {"student": teaching.student}
     if teaching.stages:
-        views = nn.ModuleList(teaching.views)
-        modules["views"] = views
-        # Muon's rates are ten times what AdamW bears on the views
-        calm = {"params": list(views.parameters()), "lr_scale": min(1.0, VIEWS_LR / config.lr)}
-        optimizers = [*optimizers, AdamW([calm], config.lr, weight_decay=0.0, fused=True)]
+        modules["views"] = nn.ModuleList(teaching.views)
     train_steps(
         modules,
-        optimizers,
+        _optimizers(teaching, config, ranks),
         batches_of(lessons, config, seed, stream, config.steps),
         loss_of,
         config,
@@ -91,7 +91,22 @@ def teach(
         seed=seed,
         recorder=recorder,
         checkpoint=checkpoint,
+        ranks=ranks,
     )
+
+
+def _optimizers(teaching: Teaching, config: TrainingConfig, ranks: Alone) -> list[Optimizer]:
+    """Of the student, and of its views where features are compared."""
+    matrices, rest = matrices_of(teaching.student)
+    optimizers = make_optimizer(
+        config.optimizer, matrices, rest, config.lr, config.weight_decay, ranks
+    )
+    if teaching.stages:
+        views = [parameter for view in teaching.views for parameter in view.parameters()]
+        # Muon's rates are ten times what AdamW bears on the views
+        calm = {"params": views, "lr_scale": min(1.0, VIEWS_LR / config.lr)}
+        optimizers.append(AdamW([calm], config.lr, weight_decay=0.0, fused=True))
+    return optimizers
 
 
 def batches_of(
@@ -121,6 +136,7 @@ def _warm_views(
     steps: int,
     stage: str,
     recorder: Recorder,
+    ranks: Alone,
 ) -> None:
     """Trains the views alone, on features of the student as it is."""
     views = nn.ModuleList(teaching.views)
@@ -134,6 +150,7 @@ def _warm_views(
     weights_S = taught_S if lessons.weights is None else taught_S * lessons.weights
 
     def loss_of(rows_B: Tensor, step: int) -> dict[str, Tensor]:
+        rows_B = ranks.part(rows_B)
         teacher_B = lessons.teacher[rows_B]
         losses = [
             teaching.feature_loss(*one) * ((teacher_B == one[0]).sum() / len(rows_B))
@@ -156,4 +173,5 @@ def _warm_views(
         stage=f"{stage}.views",
         seed=seed,
         recorder=recorder,
+        ranks=ranks,
     )

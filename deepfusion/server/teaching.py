@@ -225,9 +225,11 @@ class Teaching:
         """(teacher, student's stages, its own, tables of a bridge) of the taught sequences, without
         gradient."""
         found = []
+        # one pass over the whole batch: a sharded student must be run equally often everywhere
+        every_stage = self._run(self.student, ids_BL)[1]
         for owner in torch.unique(teacher_B[teacher_B >= 0]).tolist():
             ids_bL = ids_BL[teacher_B == owner]
-            student_stages = self._run(self.student, ids_bL)[1]
+            student_stages = [stage[teacher_B == owner] for stage in every_stage]
             patches: Mapping[str, Tensor] = {}
             if self.bridge is not None:
                 batch = self.bridge.batch(ids_bL)

@@ -17,6 +17,7 @@ from ..config_tables import MergeConfig, TuneConfig
 from ..data.batches import Packed
 from ..metrics import Recorder
 from ..models import experts
+from ..ranks import ALONE, Alone
 from .affinity import balanced_weights, best_teacher
 from .agreement import agreed
 from .fused import fused_experts
@@ -40,6 +41,7 @@ def tune(
     affinity_SK: Tensor | None = None,
     checkpoint: StepCheckpoint | None = None,
     kernels: str = "auto",
+    ranks: Alone = ALONE,
 ) -> nn.Module:
     """Trains the mixture in place on public sequences and returns it.
 
@@ -66,8 +68,10 @@ def tune(
         stage="tune",
         recorder=recorder,
         checkpoint=checkpoint,
+        ranks=ranks,
     )
-    return moe
+    whole: nn.Module = ranks.whole(moe)
+    return whole
 
 
 def train_mixture(
@@ -82,6 +86,7 @@ def train_mixture(
     recorder: Recorder,
     checkpoint: StepCheckpoint | None = None,
     views_steps: int = 0,
+    ranks: Alone = ALONE,
 ) -> None:
     """The loop of tune, direct and the centralised control: taught text plus losses on the
     routers."""
@@ -94,14 +99,14 @@ def train_mixture(
         teaching = agreed(teaching, sequences, affinity_SK, config.teacher_threshold)
     with RouterTap(moe) as tap, fused_experts(moe, teaching.kernels):
 
-        def router_loss(domain_B: Tensor) -> Tensor:
+        def router_loss(domain_B: Tensor, stands_for: float) -> Tensor:
             loss = domain_B.new_zeros((), dtype=tap.logits[0].dtype)
             if config.balance_loss_weight:
                 loss = loss + config.balance_loss_weight * balance_loss(moe, tap)
             if config.router_supervision:
                 domain_T = domain_B.repeat_interleave(sequences.ids.shape[1])
                 supervision = supervision_loss(moe, tap, domain_T, merge.segments)
-                loss = loss + config.router_supervision * supervision
+                loss = loss + config.router_supervision * stands_for * supervision
             return loss
 
         wanted = config.balance_loss_weight or config.router_supervision
@@ -117,6 +122,7 @@ def train_mixture(
             views_steps=views_steps,
             extra_loss=router_loss if wanted else None,
             before_step=tap.clear,
+            ranks=ranks,
         )
 
 
