@@ -145,11 +145,11 @@ def examine(run_folder: Path) -> tuple[int, str]:
         is_told = is_told or head == told
     if not is_told:
         raise ValueError(f"{path}: must hold {told[:12]}, which report.md names; lines are missing")
-    for device, digest in sorted(last.items()):
+    for device, said in sorted(last.items()):
         manifest = run_folder / "uploads" / device / "manifest.json"
-        if manifest.is_file() and (got := files.sha256_of(manifest)) != digest:
+        if manifest.is_file() and (got := files.sha256_of(manifest)) != said:
             raise ValueError(
-                f"{manifest}: must have sha256 {str(digest)[:12]} as {path.name} says, "
+                f"{manifest}: must have sha256 {str(said)[:12]} as {path.name} says, "
                 f"got {got[:12]}; the upload was changed after it was judged"
             )
     return count, head
