@@ -100,11 +100,24 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
   m.def(
       "stage_attention_backward(Tensor qkv, Tensor lse, Tensor dy, Tensor delta, Tensor? valid, "
       "int heads, bool causal, float scale, Tensor upstream, Tensor(a!) dqkv) -> ()");
+  m.def("multiplies_rows(Tensor like) -> bool");
+  m.def(
+      "project_patches(Tensor[] stages, Tensor weight, Tensor bias, Tensor? patch_embedding, "
+      "Tensor? stage_embedding, Tensor offsets, Tensor? mask, int patch_size, "
+      "Tensor(a!) x) -> ()");
+  m.def(
+      "project_patches_backward(Tensor[] stages, Tensor weight, Tensor dx, Tensor offsets, "
+      "Tensor? mask, int patch_size, int[] needs_stages, bool needs_weight) -> Tensor[]");
 
   // fused_linear_mse
   m.def(
       "linear_mse_epilogue(Tensor(a!) predictions, Tensor? bias, Tensor target, Tensor offsets, "
       "Tensor? mask, Tensor scale, Tensor(b!) sse, int first, bool target_norm) -> ()");
+  m.def(
+      "linear_mse_stages(Tensor y, Tensor weight, Tensor? bias, Tensor[] targets, Tensor offsets, "
+      "Tensor? mask, Tensor scale, bool target_norm, int chunk_rows, Tensor(a!) sse, "
+      "Tensor(b!)? dy, Tensor(c!)? dweight, Tensor(d!)? dbias) -> ()");
+  m.def("linear_mse_multiplies(Tensor like) -> bool");
 
   // orthogonalise
   m.def(

@@ -23,6 +23,15 @@ def _is_mask(mask: Tensor, argument: str, like: Tensor, B: int, T: int) -> None:
     expect(mask, OP, argument, "B T", dtype=MASKS, like=like, B=B, T=T)
 
 
+def _is_like(tensor: Tensor, first: Tensor) -> bool:
+    """The common answer without the words of a refusal, which cost more than the comparison."""
+    return (
+        tensor.shape == first.shape
+        and tensor.dtype == first.dtype
+        and tensor.device == first.device
+    )
+
+
 def check_stages(student: Sequence[Tensor], teacher: Sequence[Tensor], has_offsets: bool) -> None:
     """Raises ValueError unless both sides have the same number of stages, each like the first."""
     expect_that(len(student) >= 1, OP, "student_stages", "at least one tensor", len(student))
@@ -30,11 +39,14 @@ def check_stages(student: Sequence[Tensor], teacher: Sequence[Tensor], has_offse
     expect_that(same, OP, "teacher_stages", f"{len(student)} tensors", len(teacher))
     B, T, H = expect(student[0], OP, "student_stages[0]", "B T H")
     for j, stage in enumerate(student):
+        if _is_like(stage, student[0]):
+            continue
         _fits(stage, f"student_stages[{j}]", "B T H", student[0], B=B, T=T, H=H)
     sizes = {"B": B} if has_offsets else {"B": B, "T": T}
     for j, stage in enumerate(teacher):
         name = f"teacher_stages[{j}]"
-        _, sizes["T"], sizes["H"] = _fits(stage, name, "B T H", student[0], **sizes)
+        if j == 0 or not _is_like(stage, teacher[0]):
+            _, sizes["T"], sizes["H"] = _fits(stage, name, "B T H", student[0], **sizes)
         expect_that(not stage.requires_grad, OP, name, "without gradient: detach it", "one")
 
 
@@ -121,6 +133,25 @@ def check_stage_weights(weights: Sequence[float], stages: int) -> None:
     expect_that(len(weights) == stages, OP, "stage_weights", f"{stages} floats", len(weights))
 
 
+def checked_patches(
+    student_offsets: Tensor,
+    teacher_offsets: Tensor,
+    student_mask: Tensor | None,
+    teacher_mask: Tensor | None,
+    student_length: int,
+    teacher_length: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both tables, checked, and which patches hold a valid token on both sides, [B, Q] bool."""
+    student = patches.checked_offsets(student_offsets, student_length, OP, "student_offsets")
+    valid = patches.counts(student, student_mask) > 0
+    if teacher_offsets is student_offsets and teacher_length == student_length:
+        if teacher_mask is not student_mask:
+            valid &= patches.counts(student, teacher_mask) > 0
+        return student, student, valid
+    teacher = patches.checked_offsets(teacher_offsets, teacher_length, OP, "teacher_offsets")
+    return student, teacher, valid & (patches.counts(teacher, teacher_mask) > 0)
+
+
 @torch.library.custom_op("deepfusion::valid_patches", mutates_args=())
 def valid_patches(
     student_offsets: Tensor,
@@ -131,10 +162,9 @@ def valid_patches(
     teacher_length: int,
 ) -> Tensor:
     """[B, Q] bool: the patch holds a valid token on both sides."""
-    student = patches.checked_offsets(student_offsets, student_length, OP, "student_offsets")
-    teacher = patches.checked_offsets(teacher_offsets, teacher_length, OP, "teacher_offsets")
-    counted = patches.counts(student, student_mask) > 0
-    return counted & (patches.counts(teacher, teacher_mask) > 0)
+    return checked_patches(
+        student_offsets, teacher_offsets, student_mask, teacher_mask, student_length, teacher_length
+    )[2]
 
 
 @valid_patches.register_fake

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ..ops.fused_linear_mse import op as mse
+from ..ops.fused_linear_mse.stages import stage_errors
 from ..ops.shared import patches
 from ..ops.shared.gradients import scaled
 from ..ops.view_aligned_attention import op as attention
 from ..ops.view_aligned_attention.projection import shift_gradients
-from .alignment_arguments import valid_patches
+from .alignment_arguments import checked_patches
 
 
 @torch.library.custom_op("deepfusion::view_aligned_attention", mutates_args=())
@@ -50,12 +51,10 @@ def aligned_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, then 1 / (M sum v), v, X, QKV, L, dY, delta, dU, du; what is not needed is empty."""
     impl = attention.IMPLS[backend]
-    S, M, D = head_weight.shape
-    valid_BQ = valid_patches(
+    _S, M, D = head_weight.shape
+    cuts, target_cuts, valid_BQ = checked_patches(
         offsets_BQ1, target_offsets, mask_BL, target_mask, stages[0].shape[1], targets[0].shape[1]
     )
-    cuts = patches.checked_offsets(offsets_BQ1, stages[0].shape[1], "", "")
-    target_cuts = patches.checked_offsets(target_offsets, targets[0].shape[1], "", "")
     x = impl.project_forward(
         stages, patch_weight, patch_bias, cuts, mask_BL, patch_embedding, stage_embedding,
         patch_size,
@@ -64,20 +63,13 @@ def aligned_loss(
     y, qkv, lse = impl.attention_forward(x, qkv_weight, None, valid_BQ, num_heads, causal, scale)
     weight_N = valid_BQ.flatten().to(lse.dtype)
     needs = (needs_hidden, needs_head, needs_head_bias)
-    total, parts = lse.new_zeros(()), []
-    for j in range(S):
-        scale_N = weight_N * stage_weights[j]
-        sse_N, *gradients = mse.errors(
-            y[j].flatten(0, 1), head_weight[j], None if head_bias is None else head_bias[j],
-            targets[j], target_cuts, target_mask, scale_N, target_norm, 0, needs, backend,
-        )  # fmt: skip
-        total += torch.dot(scale_N, sse_N)
-        parts.append(gradients)
+    scale_SN = weight_N * lse.new_tensor(stage_weights)[:, None]
+    sse_SN, dy, dhead, dhead_bias = stage_errors(
+        y.flatten(1, 2), head_weight, head_bias, targets, target_cuts, target_mask, scale_SN,
+        target_norm, needs, backend,
+    )  # fmt: skip
+    total = torch.dot(scale_SN.flatten(), sse_SN.flatten())
     factor = mse.mean_factor(weight_N.sum(), M)
-    dy, dhead, dhead_bias = (
-        torch.stack(column) if need else lse.new_empty(0)
-        for column, need in zip(zip(*parts, strict=True), needs, strict=True)
-    )
     if not needs_hidden:
         nothing = [lse.new_empty(0) for _ in range(5)]
         return total * factor, factor, valid_BQ, *nothing, dhead, dhead_bias
@@ -166,7 +158,9 @@ def _gradients(
     needs_x = any(needs_stages) or needs_patch_weight or needs_bias or needs_position
     dx, dqkv_weight = attention.projection_backward(dqkv, x, qkv_weight, needs_x, needs_qkv)
     del dqkv
-    cuts = patches.checked_offsets(offsets_BQ1, stages[0].shape[1], "", "")
+    cuts = offsets_BQ1
+    if not cuts.is_cpu:
+        cuts = patches.checked_offsets(cuts, stages[0].shape[1], "", "")
     if needs_x:
         dstages, dpatch_weight = impl.project_backward(
             stages, patch_weight, dx, cuts, mask_BL, patch_size, needs_stages, needs_patch_weight

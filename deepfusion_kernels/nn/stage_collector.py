@@ -53,8 +53,9 @@ class StageCollector:
 
     def _watch(self, layer: nn.Module, stage: int) -> RemovableHandle:
         def catch(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            # a checkpoint runs its layers again during backward: those outputs are nobody's stages
-            if torch._C._current_graph_task_id() != -1:
+            # a checkpoint runs its layers again during backward: those outputs are nobody's stages;
+            # while a graph is traced nothing runs backward, and the question would break the graph
+            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
                 return
             hidden, entering = _first_tensor(output), _first_tensor(inputs)
             if hidden is None:

@@ -1,6 +1,10 @@
-"""Rows in chunks: library GEMMs around one C++ pass that pools, subtracts, squares and scales."""
+"""All stages in one C++ call where it multiplies the dtype; else rows in chunks, library GEMMs
+around one C++ pass that pools, subtracts, squares and scales."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +19,65 @@ LEAST_ROWS = 64
 
 def rows_per_chunk(width: int, itemsize: int) -> int:
     return max(LEAST_ROWS, CHUNK_BYTES // (width * itemsize))
+
+
+@functools.cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether our own products serve this dtype on this processor."""
+    found: bool = torch.ops.deepfusion_native.linear_mse_multiplies(torch.empty(0, dtype=dtype))
+    return found
+
+
+def serves_stages(features: Tensor, weight: Tensor) -> bool:
+    """Whether `forward_stages` multiplies such rows: bfloat16 goes in pairs along both depths."""
+    M, D = weight.shape[-2:]
+    is_paired = weight.dtype != torch.bfloat16 or M % 2 == D % 2 == 0
+    return is_paired and features.numel() * M > 0 and _multiplies(weight.dtype)
+
+
+def forward_stages(
+    features_SND: Tensor,
+    weight_SMD: Tensor,
+    bias_SM: Tensor | None,
+    targets: Sequence[Tensor],
+    offsets_BQ1: Tensor,
+    mask_BL: Tensor | None,
+    scale_SN: Tensor,
+    target_norm: bool,
+    chunk_rows: int,
+    needs_features: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`forward` of every stage at once; a target [B, L, M] a stage."""
+    S, N, D = features_SND.shape
+    M = weight_SMD.shape[1]
+    sse_SN = scale_SN.new_empty(S, N)
+    dfeatures = features_SND.new_empty(S, N, D) if needs_features else None
+    dweight = scale_SN.new_empty(S, M, D) if needs_weight else None
+    dbias = scale_SN.new_zeros(S, M) if needs_bias else None
+    torch.ops.deepfusion_native.linear_mse_stages(
+        features_SND.contiguous(),
+        weight_SMD.contiguous(),
+        None if bias_SM is None else bias_SM.contiguous(),
+        [target if target.stride(-1) == 1 else target.contiguous() for target in targets],
+        offsets_BQ1.contiguous(),
+        None if mask_BL is None else mask_BL.ne(0).contiguous(),
+        scale_SN.contiguous(),
+        target_norm,
+        chunk_rows,
+        sse_SN,
+        dfeatures,
+        dweight,
+        dbias,
+    )
+    # results of one op are different tensors, the empty ones too
+    return (
+        sse_SN,
+        features_SND.new_empty(0) if dfeatures is None else dfeatures,
+        scale_SN.new_empty(0) if dweight is None else dweight,
+        scale_SN.new_empty(0) if dbias is None else dbias,
+    )
 
 
 def forward(
@@ -32,6 +95,14 @@ def forward(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As reference.forward, without a tensor of N M elements."""
+    if serves_stages(features_ND, weight_MD):
+        sse, *gradients = forward_stages(
+            features_ND[None], weight_MD[None], None if bias_M is None else bias_M[None],
+            [target_BLM], offsets_BQ1, mask_BL, scale_N[None], target_norm, chunk_rows,
+            needs_features, needs_weight, needs_bias,
+        )  # fmt: skip
+        dfeatures, dweight, dbias = (g[0] if g.numel() else g for g in gradients)
+        return sse[0], dfeatures, dweight, dbias
     (N, D), M = features_ND.shape, weight_MD.shape[0]
     target_BLM = target_BLM if target_BLM.stride(-1) == 1 else target_BLM.contiguous()
     offsets_BQ1 = offsets_BQ1.contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -19,11 +20,36 @@ def _dense_rows(stage: Tensor) -> Tensor:
     return stage if stage.stride(-1) == 1 else stage.contiguous()
 
 
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
 def _mask(mask_BL: Tensor | None) -> Tensor | None:
     """None where every token is valid: such a mask costs a packing pass."""
     if mask_BL is None or bool(mask_BL.all()):
         return None
     return mask_BL.ne(0).contiguous()
+
+
+@functools.cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether our own products serve this dtype on this processor."""
+    found: bool = torch.ops.deepfusion_native.multiplies_rows(torch.empty(0, dtype=dtype))
+    return found
+
+
+def _is_direct(
+    stages: Sequence[Tensor], weight: Tensor, mask_BL: Tensor | None, patch_size: int
+) -> bool:
+    """Whether all stages go through one call that multiplies rows where they lie."""
+    (B, L, H), (_, D, width) = stages[0].shape, weight.shape
+    # bfloat16 is multiplied in pairs along both depths
+    is_paired = weight.dtype != torch.bfloat16 or D % 2 == width % 2 == 0
+    if not (is_paired and B * L * H * D and _multiplies(weight.dtype)):
+        return False
+    if patch_size == 0:
+        return True
+    return mask_BL is None and L % patch_size == 0 and all(s.stride(1) == H for s in stages)
 
 
 class _Rows:
@@ -104,7 +130,13 @@ def project_forward(
     B, Q = offsets_BQ1.shape[0], offsets_BQ1.shape[1] - 1
     S, D = bias_SD.shape
     offsets_BQ1, mask_BL = offsets_BQ1.contiguous(), _mask(mask_BL)
-    x = weight.new_empty(S, B * Q, D)
+    stages, x = [_dense_rows(stage) for stage in stages], weight.new_empty(S, B * Q, D)
+    if Q and _is_direct(stages, weight, mask_BL, patch_size):
+        torch.ops.deepfusion_native.project_patches(
+            stages, weight.contiguous(), bias_SD.contiguous(), _contiguous(patch_embedding),
+            _contiguous(stage_embedding), offsets_BQ1, mask_BL, patch_size, x,
+        )  # fmt: skip
+        return x.view(S, B, Q, D)
     for j, stage in enumerate(stages):
         source = _Rows(stage, offsets_BQ1, mask_BL, patch_size)
         buffer = source.buffer()
@@ -130,6 +162,13 @@ def project_backward(
     """As reference.project_backward."""
     wide = patches.wide_dtype(weight.dtype)
     offsets_BQ1, mask_BL = offsets_BQ1.contiguous(), _mask(mask_BL)
+    stages = [_dense_rows(stage) for stage in stages]
+    if dx_SBQD.numel() and _is_direct(stages, weight, mask_BL, patch_size):
+        *direct, last = torch.ops.deepfusion_native.project_patches_backward(
+            stages, weight.contiguous(), dx_SBQD.contiguous(), offsets_BQ1, mask_BL, patch_size,
+            list(map(int, needs_stages)), needs_weight,
+        )  # fmt: skip
+        return direct, last
     dx_SND = dx_SBQD.flatten(1, 2)
     dweight = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
     dstages = []

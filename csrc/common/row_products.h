@@ -1,0 +1,210 @@
+// Products of rows that lie anywhere with a factor that is packed on the way: blocks of rows and
+// panels that stay in the second-level cache, sums cut at kSumSteps.
+//
+//   out[j][r] = sum_k row_j(r)[k] B_j[k]        B = W^T (by_rows), W (by_columns)
+//
+// An element's sum does not depend on how the work is shared out.
+#pragma once
+
+#include "common/pack.h"
+
+#include <cstdlib>
+#include <memory>
+
+namespace deepfusion::inline DF_LEVEL {
+
+// Whether rows of this dtype are multiplied here; elsewhere the library's products serve.
+template <typename T>
+inline bool multiplies_rows() {
+#if defined(DF_LEVEL_avx512)
+  return std::is_same_v<T, float> || (std::is_same_v<T, BFloat16> && multiplies_bfloat16());
+#else
+  return false;
+#endif
+}
+
+// With 64 steps of depth 128, a quarter of a second-level cache for the sums of such a block.
+constexpr int64_t kBlockRows = 512;
+constexpr int64_t kMostPanels = 4;
+// Results from this size on are written past the cache.
+constexpr int64_t kStreamedBytes = int64_t{4} << 20;
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+// `count` elements on a cache line's boundary, as panels want it.
+template <typename T>
+class Aligned {
+ public:
+  explicit Aligned(int64_t count)
+      : memory_(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64)) {}
+  T* get() const { return static_cast<T*>(memory_.get()); }
+
+ private:
+  std::unique_ptr<void, Free> memory_;
+};
+
+template <typename S>
+const unit_t<S>* as_units(const S* elements) {
+  return reinterpret_cast<const unit_t<S>*>(elements);
+}
+
+// `count` matrices of `rows` rows; `columns` of the other factor, `depth` terms a sum.
+struct Products {
+  int64_t count, rows, columns, depth;
+};
+
+// One task: some rows of one matrix against some neighbouring panels.
+struct Task {
+  int64_t matrix, row, rows, column, columns;
+};
+
+// Packs terms [k, k + depth) of columns [column, column + count) of matrix j.
+template <typename S>
+struct ByRows {
+  const S* weight;  // [count, columns, depth]
+  const Products* of;
+  void operator()(int64_t j, int64_t column, int64_t count, int64_t k, int64_t depth,
+                  unit_t<S>* panel) const {
+    const S* sources[kColumns<S>];
+    for (int64_t c = 0; c < kColumns<S>; ++c)
+      sources[c] = c < count ? weight + (j * of->columns + column + c) * of->depth + k : nullptr;
+    pack_rows<S>(sources, depth, panel);
+  }
+};
+// The same where row_at(j, k) points at term k of column 0.
+template <typename S, typename RowAt>
+struct ByColumns {
+  RowAt row_at;
+  void operator()(int64_t j, int64_t column, int64_t count, int64_t k, int64_t depth,
+                  unit_t<S>* panel) const {
+    pack_columns<S, kColumns<S>>([&](int64_t term) { return row_at(j, k + term) + column; }, depth,
+                                 count, panel);
+  }
+};
+template <typename S, typename RowAt>
+ByColumns<S, RowAt> by_columns(const RowAt& row_at) {
+  return {row_at};
+}
+
+// One thread's panels and sums.
+template <typename S>
+struct BlockMemory {
+  using Wide = typename Operand<S>::Wide;
+  static constexpr int64_t kTile = kTileRows * kColumns<S>;
+  int64_t pitch;
+  Aligned<Wide> memory;
+  Aligned<Wide> sums;
+
+  explicit BlockMemory(const Products& of)
+      : pitch(std::min(kSumSteps, steps_of<S>(of.depth) + kLanes<S>) * kColumns<S>),
+        memory(pitch * kMostPanels),
+        sums(steps_of<S>(of.depth) > kSumSteps
+                 ? (std::min(kBlockRows, of.rows) + kTileRows) * kColumns<S> * kMostPanels
+                 : kTile) {}
+  unit_t<S>* panel(int64_t p) const {
+    return reinterpret_cast<unit_t<S>*>(memory.get()) + p * pitch;
+  }
+};
+
+// finish(row, column, sums) takes kColumns finished sums; rows are walked `step` units a term.
+template <typename S, typename RowAt, typename Pack, typename Finish>
+void run_task(const Products& of, const Task& task, const RowAt& row_at, int64_t step,
+              const Pack& pack, BlockMemory<S>& memory, const Finish& finish) {
+  constexpr int64_t WIDTH = kColumns<S>;
+  const int64_t steps = steps_of<S>(of.depth), panels = (task.columns + WIDTH - 1) / WIDTH;
+  for (int64_t k = 0; k < steps; k += kSumSteps) {
+    const int64_t piece = std::min(kSumSteps, steps - k), term = k * Operand<S>::kDepth;
+    const int64_t terms = std::min(of.depth - term, piece * Operand<S>::kDepth);
+    for (int64_t p = 0; p < panels; ++p)
+      pack(task.matrix, task.column + p * WIDTH, std::min(WIDTH, task.columns - p * WIDTH), term,
+           terms, memory.panel(p));
+    for (int64_t i = 0; i < task.rows; i += kTileRows) {
+      const int count = static_cast<int>(std::min<int64_t>(kTileRows, task.rows - i));
+      const unit_t<S>* rows[kTileRows];
+      for (int r = 0; r < count; ++r) rows[r] = row_at(task.matrix, task.row + i + r) + k * step;
+      for (int64_t p = 0; p < panels; ++p) {
+        auto* sums = memory.sums.get();
+        if (steps > kSumSteps) sums += (i / kTileRows * panels + p) * memory.kTile;
+        multiply_rows<S>(count, rows, step, memory.panel(p), piece, k == 0, sums);
+        for (int r = 0; r < count && k + piece == steps; ++r)
+          finish(task.row + i + r, task.column + p * WIDTH, sums + r * WIDTH);
+      }
+    }
+  }
+}
+
+// Every task of the products, shared out: body(task, memory).
+template <typename S, typename Body>
+void for_tasks(const Products& of, const Body& body) {
+  constexpr int64_t kFewTasks = 16;
+  const int64_t blocks = (of.rows + kBlockRows - 1) / kBlockRows;
+  int64_t width = kMostPanels * kColumns<S>;
+  const auto groups = [&] { return (of.columns + width - 1) / width; };
+  while (width > kColumns<S> && of.count * blocks * groups() < kFewTasks) width /= 2;
+  const int64_t each = groups();
+  torch::stable::parallel_for(0, of.count * blocks * each, 1, [&](int64_t begin, int64_t end) {
+    BlockMemory<S> memory(of);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t column = task % each * width, row = task / each % blocks * kBlockRows;
+      body(Task{task / each / blocks, row, std::min(kBlockRows, of.rows - row), column,
+                std::min(width, of.columns - column)},
+           memory);
+    }
+  });
+}
+
+// finish(matrix, row, column, count, sums) takes `count` of kColumns sums.
+template <typename S, typename RowAt, typename Pack, typename Finish>
+void multiply(const Products& of, const RowAt& row_at, int64_t step, const Pack& pack,
+              const Finish& finish) {
+  for_tasks<S>(of, [&](const Task& task, BlockMemory<S>& memory) {
+    run_task<S>(
+        of, task, row_at, step, pack, memory, [&](int64_t row, int64_t column, const auto* sums) {
+          finish(task.matrix, row, column, std::min(kColumns<S>, of.columns - column), sums);
+        });
+  });
+}
+
+// The transpose of a left factor [terms, rows], packed in strips: row i at `at(i)`, kStrip units a
+// term.
+template <typename S>
+class Turned {
+ public:
+  static constexpr int64_t kStrip = 32;
+
+  // source_at(j, k) points at row 0 of term k
+  template <typename SourceAt>
+  Turned(const Products& of, const SourceAt& source_at)
+      : pitch_(steps_of<S>(of.depth) * kStrip),
+        strips_((of.rows + kStrip - 1) / kStrip),
+        memory_(of.count * strips_ * pitch_) {
+    for_rows(of.count * strips_, 1, [&](int64_t strip) {
+      const int64_t j = strip / strips_, first = strip % strips_ * kStrip;
+      pack_columns<S, kStrip>([&](int64_t k) { return source_at(j, k) + first; }, of.depth,
+                              std::min(kStrip, of.rows - first), units() + strip * pitch_);
+    });
+  }
+  const unit_t<S>* at(int64_t j, int64_t i) const {
+    return units() + (j * strips_ + i / kStrip) * pitch_ + i % kStrip;
+  }
+
+ private:
+  unit_t<S>* units() const { return reinterpret_cast<unit_t<S>*>(memory_.get()); }
+
+  int64_t pitch_, strips_;
+  Aligned<typename Operand<S>::Wide> memory_;
+};
+
+// `count` of kColumns sums rounded to T, past the cache where that was found to be possible.
+template <typename S, typename T, typename W>
+inline void put_lanes(const W* sums, int64_t count, bool streams, T* to) {
+  if (streams && count == kColumns<S>) {
+    stream_lanes<kColumns<S>>(sums, to);
+  } else {
+    store_lanes<kColumns<S>>(sums, count, to);
+  }
+}
+
+}  // namespace deepfusion::inline DF_LEVEL
