@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -53,6 +55,17 @@ class RunEnd:
         return self.status.startswith("finished")
 
 
+@contextmanager
+def _one_sentence(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except (httpx.HTTPError, ConnectionError) as fault:
+        raise TransportFailed(
+            f"the SuperLink did not answer while {doing} ({type(fault).__name__}); "
+            "see network/superlink.log"
+        ) from None
+
+
 class Control:
     """Speaks to the SuperLink that `launch` started; certificate None: plaintext."""
 
@@ -80,28 +93,30 @@ class Control:
         request = RegisterNodeRequest(
             public_key=public_key_to_bytes(key), name=public_key.stem, location=None
         )
-        return int(self._client.RegisterNode(request).node_id)
+        with _one_sentence(f"registering {public_key.stem}"):
+            return int(self._client.RegisterNode(request).node_id)
 
     def start(self, folder: Path) -> int:
         """Start the collection; the run's id."""
         files.write_text(folder / "pyproject.toml", APP)
         content = build_fab_from_disk(folder)
         fab = fab_to_proto(Fab(sha256(content).hexdigest(), content, {}))
-        answer = self._client.StartRun(
-            StartRunRequest(
-                fab=fab,
-                override_config={},
-                federation="",
-                override_federation_config=None,
-                app_spec="",
-            )
+        request = StartRunRequest(
+            fab=fab,
+            override_config={},
+            federation="",
+            override_federation_config=None,
+            app_spec="",
         )
+        with _one_sentence("starting the collection"):
+            answer = self._client.StartRun(request)
         if not answer.HasField("run_id"):
             raise TransportFailed("the SuperLink started no run; see network/superlink.log")
         return int(answer.run_id)
 
     def end_of(self, run: int) -> RunEnd:
         """The run's status: the only word of Flower's that is to be trusted."""
-        found = self._client.ListRuns(ListRunsRequest(run_id=run)).run_dict[run].status
+        with _one_sentence("collecting"):
+            found = self._client.ListRuns(ListRunsRequest(run_id=run)).run_dict[run].status
         status = f"{found.status}:{found.sub_status}" if found.sub_status else found.status
         return RunEnd(status, found.details)

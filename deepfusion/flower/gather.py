@@ -23,6 +23,7 @@ from .control import Control
 
 # a run that has passed its own deadline gets this long to say so
 GRACE_SECONDS = 120.0
+CLOSED = Path("network") / "closed.json"
 # after which a device that answers nothing is asked whether it still knows the question
 PROBE_SECONDS = 60.0
 
@@ -36,8 +37,7 @@ def gather(jobs: Sequence[DeviceJob], workers: int = 1) -> list[Path]:
     store = StageStore(folder)
     left = [job for job in jobs if not store.done(job.device, job.inputs_hash())]
     key = hashlib.sha256(json.dumps([job.inputs_hash() for job in jobs]).encode()).hexdigest()
-    closed = folder / "network" / "closed.json"
-    if left and not (closed.exists() and json.loads(closed.read_text())["inputs"] == key):
+    if left and not _is_closed(folder, key):
         _collect(config, folder, left)
         _note(folder)
         for job in left:
@@ -46,8 +46,21 @@ def gather(jobs: Sequence[DeviceJob], workers: int = 1) -> list[Path]:
     good = [job for job in jobs if store.done(job.device, job.inputs_hash())]
     if len(good) < config.federation.min_devices:
         raise TooFewUploads(_too_few(config, folder, jobs, good))
-    files.write_json(closed, {"inputs": key})
+    files.write_json(folder / CLOSED, {"inputs": key})
     return [job.upload for job in good]
+
+
+def _is_closed(folder: Path, key: str) -> bool:
+    """Whether these jobs were collected, and what came in was enough for the gate.
+
+    Who was late then stays away: later stages were made without him.
+    """
+    closed = folder / CLOSED
+    return (
+        closed.exists()
+        and json.loads(closed.read_text())["inputs"] == key
+        and (folder / "stages" / "gate.json").exists()
+    )
 
 
 def _note(folder: Path) -> None:

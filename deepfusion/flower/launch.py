@@ -34,6 +34,8 @@ SETTINGS = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_OFFLINE": "1",
+    # glibc otherwise keeps freed pieces of messages in the heaps of Flower's threads
+    "MALLOC_MMAP_THRESHOLD_": str(256 << 10),
 }
 PLAINTEXT = (
     "WARNING: network.plaintext = true: no encryption and no keys; anybody who reaches the port "
@@ -166,9 +168,15 @@ def watch(control: Control, run: int, run_folder: Path, patience: float) -> RunE
     patience: seconds after which a run that ended on its own deadline must have told so.
     """
     shown: dict[str, str] = {}
-    last = time.monotonic() + patience
+    end, answered = RunEnd("pending", ""), time.monotonic()
+    last = answered + patience
     while True:
-        end = control.end_of(run)
+        try:
+            end, answered = control.end_of(run), time.monotonic()
+        except TransportFailed:
+            # a machine under load answers late; one that is gone never does
+            if time.monotonic() - answered > START_SECONDS:
+                raise
         for device, standing in read_standings(run_folder).items():
             if shown.get(device) != str(standing):
                 shown[device] = str(standing)

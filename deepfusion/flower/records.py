@@ -1,10 +1,10 @@
 """Facts and bytes in one message: a JSON text, and arrays of uint8 that nobody takes for tensors.
 
     facts   ConfigRecord {"json": text}
-    bytes   ArrayRecord  {"00000": 4 MiB, "00001": 4 MiB, ..}
+    bytes   ArrayRecord  {"00000": 1 MiB, "00001": 1 MiB, ..}
 
-A shard is cut into pieces of less than Flower's own chunk, 5 MiB: an array of one chunk is never
-torn apart, and Flower's second copy of a received shard goes piece by piece as it is written.
+Flower holds a message twice while it puts it together, and a piece several times while it comes in:
+pieces are small, and forgotten one by one as they are written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 1 << 20
 HELLO, BASE, TRAIN, SHARD, CLOSE = (
     "query.hello",
     "query.base",

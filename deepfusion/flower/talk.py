@@ -197,6 +197,7 @@ class Talk:
         """The first message."""
         if self.standing.status == "unavailable":
             self.standing.status, self.standing.reason = "waiting", ""
+            self.standing.shards = ""
             self.standing.retries += 1
         self._script = converse(self.device, self._wanted, self.standing)
         return self._step(lambda script: next(script))
