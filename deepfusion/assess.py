@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,19 +11,27 @@ from typing import Any
 from torch import Tensor
 
 from .checkpoints import load_state, save_state
+from .data.canaries import COPIES, make_canaries
 from .data.prepared import Text
 from .ledger import Ledger, baselines
 from .library import Library
-from .messages import DeviceUpdate
+from .messages import DeviceUpdate, device_name
 from .models import build
 from .server.cluster import Cluster
 from .server.controls import centralised_control, dense_control, server_steps
+from .server.exposure import exposure
 from .server.scoreboard import Entry, score_models
 from .stages import Run
 from .wire.expected import Expected
 from .wire.package import read_state
 
 BYTES_PER_VALUE = 2  # the baselines send bfloat16
+ROW_OF = {
+    "base": "base, which never saw them",
+    "device": "upload of the device that holds one",
+    "proxy": "proxy of its cluster",
+    "moe": "mixture of experts",
+}
 KEPT_LOGITS = 128  # of FedMKT's baseline, unless the run itself keeps some
 
 
@@ -47,6 +56,8 @@ def assess(
         scores["split"] = here.config.evaluate.split
         scores["not_checked"] = _not_checked(here, text)
         here.write("evaluation.json", scores)
+        if here.config.evaluate.canaries:
+            here.write("canaries.json", _exposures(here, text, entries, clusters))
         _compare_bytes(here, text, library, len(clusters))
 
     before = [last, "gate", "cluster", *made]
@@ -162,6 +173,34 @@ def _entries(
         entries.append(Entry("centralised twin", "control", partial(control, "centralised")))
     entries.append(Entry("moe", "moe", lambda: library.saved(library.MOE)))
     return entries
+
+
+def _exposures(
+    here: Run, text: Text, entries: Sequence[Entry], clusters: Sequence[Cluster]
+) -> dict[str, Any]:
+    """Exposure of every planted secret in base, upload, proxy and mixture: what canaries.json has.
+
+    An upload and a proxy are asked for the secrets of their own devices alone.
+    """
+    config = here.config
+    planted = make_canaries(
+        config.run.seed, config.evaluate.canaries, config.federation.num_devices
+    )
+    members = {f"proxy {one.index}": one.members for one in clusters}
+    rows: dict[str, list[float]] = {}
+    for entry in entries:
+        if entry.kind not in ROW_OF:
+            continue
+        holders = {"device": (entry.name,), "proxy": members.get(entry.name, ())}.get(entry.kind)
+        own = [one for one in planted if holders is None or device_name(one.device) in holders]
+        if not own:
+            continue
+        model = entry.load()
+        rows.setdefault(ROW_OF[entry.kind], []).extend(
+            exposure(model, text.tokenizer, one.text, one.others) for one in own
+        )
+    most = math.log2(1 + len(planted[0].others))
+    return {"planted": len(planted), "copies": COPIES, "most": most, "exposure": rows}
 
 
 def _student(here: Run, library: Library, index: int) -> Any:

@@ -54,6 +54,11 @@ def _devices(config: Config) -> Iterator[str]:
 
 def _text(config: Config) -> Iterator[str]:
     text = config.data
+    if config.evaluate.canaries and text.private == "own":
+        yield (
+            "evaluate.canaries must be 0 with data.private = 'own', got "
+            f"{config.evaluate.canaries}: the server plants nothing in text it never sees"
+        )
     if len(set(text.domains)) < len(text.domains):
         yield f"data.domains must be different names, got {list(text.domains)}"
     if text.source != "made" and not text.path:

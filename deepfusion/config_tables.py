@@ -116,6 +116,11 @@ class DevicesConfig(TrainingConfig):
     adapter_rank: int = key(
         0, "train and send low-rank updates of the layers' matrices; 0: the whole model", least=0
     )
+    dp_noise: float = key(
+        0.0, "noise of DP-SGD over dp_clip; 0: no differential privacy", least=0.0
+    )
+    dp_clip: float = key(1.0, "largest norm of one sequence's gradient", above=0.0)
+    dp_delta: float = key(1e-5, "delta at which epsilon is told", above=0.0, below=1.0)
     optimizer: str = key("muon", "muon: matrices by Muon, rest by AdamW", options=OPTIMIZERS)
 
 
@@ -268,6 +273,9 @@ class EvaluateConfig:
     max_tokens: int = key(0, "of one domain and split; 0: all", least=0)
     split: str = key(
         "test", "text of the figures; choose settings on validation", options=("test", "validation")
+    )
+    canaries: int = key(
+        0, "made secrets planted in devices' text, whose exposure is told; 0: none", least=0
     )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import files, plots
+from .report_privacy import exposure_table, privacy_text
 from .report_trust import quarantine_table, robust_sentence
 from .wire.audit import verify
 
@@ -175,6 +176,11 @@ def _quarantine(run_folder: Path) -> list[Section]:
     return [Section("Quarantine", *quarantine_table(facts))] if facts else []
 
 
+def _canaries(run_folder: Path) -> list[Section]:
+    facts = _json(run_folder / "canaries.json")
+    return [Section("Planted secrets", *exposure_table(facts))] if facts else []
+
+
 def _costs(records: Sequence[Mapping[str, Any]]) -> list[Section]:
     seconds: dict[str, float] = {}
     peaks: dict[str, float] = {}
@@ -210,12 +216,7 @@ def sections(run_folder: Path) -> tuple[str, list[Section]]:
         "What was not checked",
         " ".join(evaluation["not_checked"]),
     )
-    privacy = Section(
-        "Privacy",
-        "No raw text left a device. There is no differential privacy and no secure aggregation: a "
-        "model and an embedding travelled in clear, and memorised text can be extracted from "
-        "fine-tuned weights.",
-    )
+    privacy = Section("Privacy", privacy_text(_json(run_folder / "devices.json") or []))
     setting = Section("Setting", "", [["key", "value"], *([k, str(v)] for k, v in facts.items())])
     body = [
         *_scores(evaluation),
@@ -228,6 +229,7 @@ def sections(run_folder: Path) -> tuple[str, list[Section]]:
         *_clusters(run_folder),
         *_costs(records),
         privacy,
+        *_canaries(run_folder),
         checked,
         setting,
     ]

@@ -172,7 +172,9 @@ def train_steps(
         terms = loss_of(batch, step)
         means = ranks.mean(terms)
         _expect_finite(means["loss"], stage, step)
-        torch.autograd.backward(terms["loss"])
+        # a loss without a graph has left its gradients behind already
+        if terms["loss"].requires_grad:
+            torch.autograd.backward(terms["loss"])
         lr = lr_at(step, schedule.steps, schedule.lr, schedule.warmup_share)
         descend(parameters, optimizers, lr, schedule.clip, ranks)
         recorder.record(stage, step, lr=lr, **{name: float(one) for name, one in means.items()})
@@ -208,8 +210,13 @@ def train_causal_lm(
     recorder: Recorder,
     checkpoint_path: Path | None = None,
     kernels: str = "auto",
+    batches: Callable[[int], Iterable[Tensor]] | None = None,
+    loss_of: LossOf | None = None,
 ) -> None:
-    """Trains a model in place on next-token cross entropy: devices, common starts, the base."""
+    """Trains a model in place on next-token cross entropy: devices, common starts, the base.
+
+    batches, loss_of: instead of the shuffled stream and its mean loss.
+    """
     matrices, rest = matrices_of(model)
     optimizers = make_optimizer(
         schedule.optimizer, matrices, rest, schedule.lr, schedule.weight_decay
@@ -222,8 +229,9 @@ def train_causal_lm(
     train_steps(
         {"model": model},
         optimizers,
-        lambda start: stream(packed, schedule.batch_size, schedule.steps, order, start=start),
-        lambda ids, step: {"loss": cross_entropy(model, ids.to(device), kernels)},
+        batches
+        or (lambda start: stream(packed, schedule.batch_size, schedule.steps, order, start=start)),
+        loss_of or (lambda ids, step: {"loss": cross_entropy(model, ids.to(device), kernels)}),
         schedule,
         stage=stage,
         seed=seed,

@@ -28,7 +28,7 @@ DRIVER_FLOORS = (
     + ("messages", "plots", "ranks"),
     ("models", "data", "wire", "checkpoints", "ledger"),
     ("training", "stages"),
-    ("device", "server", "report", "report_trust"),
+    ("device", "server", "report", "report_privacy", "report_trust"),
     ("asked", "library", "uploads"),
     ("assess", "starts", "trust"),
     ("pipeline",),

@@ -12,6 +12,7 @@ from .. import files
 from ..config import Config
 from . import corpora
 from .batches import Packed, pack
+from .canaries import make_canaries, plant
 from .documents import CorpusError, Document
 from .made import Fact, held_by
 from .partition import partition, split_public
@@ -88,7 +89,8 @@ def _shared_out(
     if config.data.private == "own":
         return [one for corpus in by_domain.values() for one in corpus.train], [[]] * devices
     public, private = split_public(by_domain, config.data, seed)
-    return public, partition(private, devices, config.data, seed)
+    shards = partition(private, devices, config.data, seed)
+    return public, plant(shards, make_canaries(seed, config.evaluate.canaries, devices))
 
 
 def documents_of(config: Config, device: int, own: str) -> list[Document]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import files
 from ..config import Config
 from ..data.batches import Packed, Tokens, pack_tokens, tokenize
 from ..data.corpora import fingerprint
@@ -27,6 +28,9 @@ from ..wire.contents import sent
 from ..wire.package import state_revision
 from .answer import Answers
 from .embed import embed
+from .privacy import PrivateSteps, secret_at
+
+SECRET = ".secret"
 
 
 def common_start(
@@ -83,29 +87,25 @@ def train_device(
     content = content or Content()
     embedding = embed(documents, encode)
     seed = seed_for(config.run.seed, device)
-    model = build.build(
-        architecture,
-        len(tokenizer),
-        torch.Generator().manual_seed(0),
-        config.data.context_length,
-        tokenizer.eos_token_id,
-    )
-    build.load_state(model, start)
-    model.to(config.run.device)
-    if config.devices.adapter_rank:
-        draw = generator(config.run.seed, "adapter", device)
-        lora.add(model, adapters.adapted(start), config.devices.adapter_rank, draw)
+    model = _begun(architecture, start, tokenizer, config, device)
     tokens = tokenize(documents, tokenizer)
+    packed = _packed(documents, tokens, config, seed)
+    private = _private(model, packed, config, checkpoint_path)
+    privacy = private.facts() if private else {}
     train_causal_lm(
         model,
-        _packed(documents, tokens, config, seed),
+        packed,
         config.devices,
         stage=device,
         seed=seed,
         recorder=recorder,
         checkpoint_path=checkpoint_path,
         kernels=config.run.kernels,
+        batches=private.batches if private else None,
+        loss_of=private.loss_of if private else None,
     )
+    if checkpoint_path is not None:
+        files.remove(checkpoint_path.with_suffix(SECRET))
     return TrainedDevice(
         device=device,
         architecture=architecture,
@@ -117,7 +117,31 @@ def train_device(
         tokenizer_fingerprint=fingerprint(tokenizer),
         seed=seed,
         content=content,
+        privacy=privacy,
     )
+
+
+def _begun(
+    architecture: str,
+    start: Mapping[str, Tensor],
+    tokenizer: Any,
+    config: Config,
+    device: str,
+) -> nn.Module:
+    """The common start as a model, with fresh adapters where those are trained."""
+    model: nn.Module = build.build(
+        architecture,
+        len(tokenizer),
+        torch.Generator().manual_seed(0),
+        config.data.context_length,
+        tokenizer.eos_token_id,
+    )
+    build.load_state(model, start)
+    model.to(config.run.device)
+    if config.devices.adapter_rank:
+        draw = generator(config.run.seed, "adapter", device)
+        lora.add(model, adapters.adapted(start), config.devices.adapter_rank, draw)
+    return model
 
 
 def _trained(
@@ -149,8 +173,20 @@ def _answered(
     return Answers(model, public.long(), content, config.devices.batch_size, kernels)
 
 
+def _private(
+    model: nn.Module, packed: Packed, config: Config, checkpoint_path: Path | None
+) -> PrivateSteps | None:
+    """How a training with noise takes its steps."""
+    if not config.devices.dp_noise:
+        return None
+    secret = secret_at(checkpoint_path and checkpoint_path.with_suffix(SECRET))
+    return PrivateSteps(model, packed, config.devices, secret, config.run.kernels)
+
+
 def _packed(documents: Sequence[Document], tokens: Tokens, config: Config, seed: int) -> Packed:
-    """As many orders of the shard as its training will read."""
+    """As many orders of the shard as its training will read; where one sequence is to be hidden,
+    no text comes twice."""
     length, total = config.data.context_length, tokens.ids.numel()
-    wanted = max(1, config.devices.steps * config.devices.batch_size) * length
+    read = 1 if config.devices.dp_noise else config.devices.steps * config.devices.batch_size
+    wanted = max(1, read) * length
     return pack_tokens(documents, tokens, length, seed, copies=max(1, -(-wanted // total)))

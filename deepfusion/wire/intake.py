@@ -119,6 +119,7 @@ def device_facts(
             "tokens": update.tokens,
             "parameters": parameters_of(expected.architectures[update.architecture]),
             "bytes_wire": totals[update.device].bytes_up,
+            "privacy": dict(update.manifest.privacy),
         }
         for update in updates
     ]

@@ -204,7 +204,7 @@ TWO = ("federation.num_devices=2", "federation.min_devices=2", "devices.architec
 @pytest.mark.parametrize(
     "more",
     [
-        ("devices.adapter_rank=2", "controls.dense=false"),
+        ("devices.adapter_rank=2", "devices.dp_noise=1.0", "evaluate.canaries=2"),
         (*KEPT, "upload.public_sequences=24"),
         (*KEPT, "run.recipe='direct'", "devices.adapter_rank=2"),
     ],
@@ -226,5 +226,18 @@ def test_other_uploads_run(tmp_path: Path, more: tuple[str, ...]) -> None:
         sent = sum(path.stat().st_size for path in upload.iterdir())
         assert ledger["devices"][upload.name]["bytes_up"] == sent
     assert any("FedMKT logits, top 4" in name for name in ledger["baselines"]) != has_models
+    page = (folder / "report.md").read_text()
+    assert ("no differential privacy" in page) != has_models
+    assert ("DP-SGD on 2 of 2 devices: epsilon at most" in page) == has_models
+    assert ("Planted secrets" in page) == has_models
+    if has_models:
+        told = json.loads((folder / "canaries.json").read_text())
+        assert {row.split()[0] for row in told["exposure"]} == {
+            "base,",
+            "upload",
+            "proxy",
+            "mixture",
+        }
+        assert all(len(values) == 2 for values in told["exposure"].values())
     if not has_models:
         assert "sent log-probabilities and no models" in (folder / "report.md").read_text()
