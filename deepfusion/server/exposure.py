@@ -38,6 +38,7 @@ def exposure(
     return math.log2(len(texts)) - math.log2(rank)
 
 
+@torch.no_grad()
 def _log_likelihood(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """ln P of each text after an end-of-text token, [N] float64 on the CPU."""
     eos = tokenizer.eos_token_id
