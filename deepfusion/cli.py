@@ -211,6 +211,12 @@ VERBS: dict[str, tuple[Verb, str, bool]] = {
     "device": (device, "FILE", True),
     "distill": (distill, "FILE", True),
 }
+TARGETS = {
+    "FILE": "a configuration, TOML; `deepfusion init FILE` writes one",
+    "RUN": "a run folder: run.output of a configuration",
+    "FOLDER": "an upload inside a run folder, or a run folder",
+    "DIR": "folder of the keys, one folder a machine in it",
+}
 # what a verb takes beside its file: argument -> how argparse reads it
 MORE: dict[str, dict[str, dict[str, Any]]] = {
     "keys": {
@@ -257,10 +263,14 @@ def parser() -> argparse.ArgumentParser:
         words = (function.__doc__ or "").partition("\n")[0]
         epilog = f"example:  {EXAMPLES[name]}"
         one = verbs.add_parser(name, help=words, description=words, epilog=epilog)
-        one.add_argument("target", metavar=argument, type=Path, nargs=None if is_required else "?")
+        count, what = None if is_required else "?", TARGETS[argument]
+        one.add_argument("target", metavar=argument, type=Path, nargs=count, help=what)
         for more, how in MORE.get(name, {}).items():
             one.add_argument(more, **how)
-        one.add_argument("--set", action="append", default=[], metavar="section.key=value")
+        changes = "put one value over the file's; as often as you like"
+        one.add_argument(
+            "--set", action="append", default=[], metavar="section.key=value", help=changes
+        )
         one.add_argument("--quiet", action="store_true", help="no progress")
     return top
 

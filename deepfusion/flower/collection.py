@@ -195,6 +195,15 @@ class Inbox:
         self.folder = run_folder / "inbox" / device
         self._target = run_folder / "uploads" / device
 
+    def has_all(self, text: str, manifest: Manifest) -> bool:
+        """Whether this very package came in before: a server killed since has not noted it."""
+        path = self._target / MANIFEST
+        return (
+            path.is_file()
+            and path.read_bytes() == text.encode()
+            and all((self._target / shard.name).is_file() for shard in manifest.shards)
+        )
+
     def begin(self, manifest: str, embedding: bytes) -> None:
         """Note what is coming; shards of another package are thrown away."""
         path = self.folder / MANIFEST

@@ -80,6 +80,8 @@ def _exchange(device: WantedDevice, wanted: Wanted, standing: Standing) -> Conve
     manifest = announced(text, device, wanted)
     standing.status = "uploading"
     inbox = Inbox(wanted.folder, device.device)
+    if inbox.has_all(text, manifest):
+        return
     inbox.begin(text, embedding)
     standing.bytes_up += len(text.encode()) + len(embedding)
     named = hashlib.sha256(text.encode()).hexdigest()

@@ -126,3 +126,23 @@ def test_module_is_a_command() -> None:
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("[run]")
+
+
+@pytest.mark.parametrize("verb", sorted(cli.VERBS))
+def test_help_ends_with_an_example_that_parses(verb: str, capsys: Captured) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([verb, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.endswith(f"example: {cli.EXAMPLES[verb]}")
+    program, *arguments = cli.EXAMPLES[verb].split()
+    assert program == "deepfusion"
+    assert cli.parser().parse_args(arguments).verb == verb
+
+
+@pytest.mark.parametrize("verb", ["serve", "join", "keys"])
+def test_without_flower_one_sentence_says_what_to_install(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert cli.main([verb, str(tmp_path)]) == cli.FAILED
+    assert "pip install 'deepfusion-moe[flower]'" in capsys.readouterr().err

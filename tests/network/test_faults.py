@@ -94,13 +94,13 @@ def test_device_restarted_before_anybody_notices_is_asked_again(
 def test_silence_ends_at_the_deadline_and_the_next_run_asks_only_the_silent(
     federation: Make,
 ) -> None:
-    fed = federation("federation.deadline_seconds=120")
+    fed = federation("federation.deadline_seconds=240")
     fed.trained(0)
     fed.trained(1)
     work = fed.collect()
     fed.join(0)
     silent = fed.join(1)
-    wait_for(lambda: len(family(silent)) > 2, 30, "the node runs")
+    wait_for(lambda: len(family(silent)) > 2, 150, "the node runs")
     for one in family(silent):
         one.suspend()
     with pytest.raises(TooFewUploads, match=r"device-01: (late|unavailable)") as caught:

@@ -142,6 +142,20 @@ def test_an_upload_comes_in_whole(tmp_path: Path, package: Path) -> None:
     )
 
 
+def test_an_upload_that_lies_there_whole_is_not_sent_again(tmp_path: Path, package: Path) -> None:
+    what = wanted(tmp_path)
+    talk_to(Device(package), what)
+    again = Device(package)
+    assert talk_to(again, what).status == "done"
+    assert again.asked == ["hello", "base", "train", "close"]
+    upload = what.folder / "uploads" / "device-00"
+    (upload / "manifest.json").write_text("{}")
+    third = Device(package)
+    assert talk_to(third, what).status == "done"
+    assert "shard 0" in third.asked, "another package is no excuse"
+    assert same_bytes(upload, package)
+
+
 GONE = Error(code=5, reason="node unavailable")
 
 
