@@ -260,7 +260,7 @@ class QuarantineConfig:
         "report", "leave out, tell, or do not score", options=("exclude", "report", "none")
     )
     bound: float = key(
-        0.5, "nats per token over the uploads' median, in each domain for itself", above=0.0
+        1.0, "nats per token over the uploads' median, in each domain for itself", above=0.0
     )
     sequences: int = key(16, "public sequences of each domain", least=1)
 
