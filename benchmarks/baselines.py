@@ -6,7 +6,9 @@ times `eager` through torch.compile as well.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -166,6 +168,39 @@ def eager_multi_stage_attention(
         earlier = patch[None, :] <= patch[:, None]
         seen = earlier[None, None] if seen is None else seen & earlier
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    return y.transpose(1, 2).reshape(B, S, Q, D)
+
+
+@functools.cache
+def _flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def flex_multi_stage_attention(
+    features: Tensor,
+    qkv_weight: Tensor,
+    *,
+    num_heads: int,
+    causal: bool = False,
+    patch_mask: Tensor | None = None,
+) -> Tensor:
+    """FlexAttention, compiled, with the mask by patch; it has no backward on the CPU."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    B, S, Q, D = features.shape
+    if features.device.type == "cpu" and features.requires_grad:
+        raise NotImplementedError("flex: FlexAttention has no backward on the CPU")
+    qkv = F.linear(features.flatten(1, 2), qkv_weight).view(B, S * Q, 3, num_heads, -1)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+
+    def seen(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        keep = key >= 0 if patch_mask is None else patch_mask[b, key % Q]
+        return keep & (key % Q <= query % Q) if causal else keep
+
+    mask = create_block_mask(seen, B, None, S * Q, S * Q, device=features.device)
+    y = _flex()(q, k, v, block_mask=mask)
     return y.transpose(1, 2).reshape(B, S, Q, D)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,39 @@ from ..ops.shared import patches
 
 OP = "view_aligned_attention"
 MASKS = (torch.bool, *INTEGERS, torch.uint8)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _lowered(value: Any, dtype: torch.dtype) -> Any:
+    """Float tensors in autocast's dtype; float64 stays, as with torch's own layers."""
+    if isinstance(value, Tensor):
+        lowers = value.is_floating_point() and value.dtype != torch.float64
+        return value.to(dtype) if lowers else value
+    if isinstance(value, list | tuple):
+        return [_lowered(item, dtype) for item in value]
+    return value
+
+
+def autocast_door(door: Callable[P, R]) -> Callable[P, R]:
+    """Lowers what a door is given where autocast is on, and turns it off inside.
+
+    What a model computes under autocast meets parameters in float32: one dtype must hold for all.
+    """
+
+    @functools.wraps(door)
+    def call(*args: P.args, **options: P.kwargs) -> R:
+        stages: Any = options.get("student_stages", args[0] if args else None)
+        kind = stages[0].device.type if stages else "cpu"
+        if not torch.is_autocast_enabled(kind):
+            return door(*args, **options)
+        dtype = torch.get_autocast_dtype(kind)
+        lowered: Any = [_lowered(value, dtype) for value in args]
+        named: Any = {name: _lowered(value, dtype) for name, value in options.items()}
+        with torch.autocast(kind, enabled=False):
+            return door(*lowered, **named)
+
+    return call
 
 
 def _fits(tensor: Tensor, argument: str, letters: str, like: Tensor, **sizes: int) -> list[int]:

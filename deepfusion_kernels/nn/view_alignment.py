@@ -22,6 +22,7 @@ from ..ops.shared.gradients import wants
 from ..ops.view_aligned_attention.op import IMPLS, multi_stage_attention
 from ..ops.view_aligned_attention.projection import project_patches
 from .alignment_arguments import (
+    autocast_door,
     check_embeddings,
     check_options,
     check_stage_weights,
@@ -33,6 +34,7 @@ from .alignment_arguments import (
 from .alignment_node import aligned_loss
 
 
+@autocast_door
 def view_aligned_attention(
     student_stages: Sequence[Tensor],
     teacher_stages: Sequence[Tensor],
@@ -63,7 +65,8 @@ def view_aligned_attention(
     head_weight [J, M, D], head_bias [J, M]; masks [B, T], [B, T'], 1 = valid; offsets [B, Q+1]
     int32 of both sides (pool only), else p tokens a patch; patch_embedding [Q, D], stage_embedding
     [J, D]. A patch counts where both sides hold a valid token. -> scalar, float32 (float64 for
-    float64); with return_features also the J predictions [B, Q, M], differentiable.
+    float64); with return_features also the J predictions [B, Q, M], differentiable. Under autocast
+    all of them are lowered.
     Raises ValueError for what does not fit, NotImplementedError for a backend that cannot serve,
     RuntimeError for a second derivative. Source: arXiv 2602.14301, equations 7 to 9.
     """
