@@ -19,6 +19,8 @@ from deepfusion_kernels._triton import triton
 
 # compute capability: bytes of shared memory a block may have
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+# how the products of a tile's matrices are spelled on tensor cores
+TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 Types = str | tuple[str, ...]
 
 
@@ -35,6 +37,8 @@ class Shipped:
     arguments: Mapping[str, Types]
     constants: Mapping[str, Any]
     launch: Mapping[str, int]
+    targets: tuple[int, ...] = tuple(SHARED_LIMIT)
+    tensor_cores: bool = False
 
 
 def _source(shipped: Shipped) -> Any:
@@ -85,12 +89,14 @@ def _assemble(ptx: str) -> dict[str, int]:
 
 
 def compile_for(shipped: Shipped, capability: int) -> dict[str, int]:
-    """Registers a thread, bytes spilled, bytes of shared memory."""
+    """Registers a thread, bytes spilled, bytes of shared memory, products on tensor cores."""
     target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
     compiled = triton.compiler.compile(
         _source(shipped), target=target, options=dict(shipped.launch)
     )
-    return {**_assemble(compiled.asm["ptx"]), "shared": compiled.metadata.shared}
+    ptx = compiled.asm["ptx"]
+    products = len(TENSOR_CORES.findall(ptx))
+    return {**_assemble(ptx), "shared": compiled.metadata.shared, "tensor_cores": products}
 
 
 def shipped_of(stem: str) -> tuple[Shipped, ...]:
@@ -102,7 +108,7 @@ def main() -> None:
     results = {
         f"{shipped.name}-sm{capability}": compile_for(shipped, capability)
         for shipped in shipped_of(sys.argv[1])
-        for capability in SHARED_LIMIT
+        for capability in shipped.targets
     }
     print(json.dumps(results))
 
