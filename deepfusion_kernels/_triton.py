@@ -7,6 +7,7 @@ from typing import Any
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     HAS_TRITON = True
 except ImportError:
@@ -25,8 +26,9 @@ except ImportError:
 
     triton = _Absent()
     tl = _Absent()
+    TensorDescriptor = _Absent()
 
 # Under the interpreter kernels run on CPU tensors; decided by Triton at its import.
 INTERPRETED = HAS_TRITON and bool(triton.knobs.runtime.interpret)
 
-__all__ = ["HAS_TRITON", "INTERPRETED", "tl", "triton"]
+__all__ = ["HAS_TRITON", "INTERPRETED", "TensorDescriptor", "tl", "triton"]

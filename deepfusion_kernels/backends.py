@@ -2,7 +2,7 @@
 
     asked for by name      that one, or NotImplementedError with its reason
     automatic, on the CPU  cpu, reference
-    automatic, on CUDA     triton, cuda (where it has passed its GPU tests), reference
+    automatic, on CUDA     triton, cuda (where it has passed its GPU tests), torch, reference
 
 The environment variable DEEPFUSION_BACKEND names a backend for every op that has it and is not
 asked otherwise.
@@ -21,8 +21,8 @@ from torch import Tensor
 from . import _native
 from ._triton import HAS_TRITON, INTERPRETED
 
-NAMES = ("reference", "cpu", "cuda", "triton")
-ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+NAMES = ("reference", "cpu", "cuda", "triton", "torch", "quack")
+ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "torch", "reference")}
 PREFERRED = os.environ.get("DEEPFUSION_BACKEND") or None
 
 

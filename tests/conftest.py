@@ -22,7 +22,10 @@ if HAS_TRITON and INTERPRETED:
 
 HAS_GPU = torch.cuda.is_available()
 # tested in a file of their own, whose BACKENDS names them: the interpreter wants smaller sizes
-APART = {"fused_linear_kl": ("triton",)}
+APART = {
+    "fused_linear_kl": ("triton",),
+    "moe_experts": ("triton", "torch", "quack"),
+}
 REAL_TEXT = Path(
     os.environ.get("DEEPFUSION_REAL_TEXT", Path(__file__).parents[2] / "shared" / "data")
 )
@@ -41,7 +44,7 @@ def why_not(backend: str) -> str | None:
 
 def device_for(backend: str) -> torch.device:
     """Where a backend's tensors live: without a GPU Triton runs interpreted on the CPU."""
-    return torch.device("cuda" if HAS_GPU and backend in ("cuda", "triton") else "cpu")
+    return torch.device("cuda" if HAS_GPU and backend in ("cuda", "triton", "torch") else "cpu")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

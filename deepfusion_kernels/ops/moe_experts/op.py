@@ -14,10 +14,16 @@ from torch import Tensor
 
 from ... import backends
 from ...checks import FLOATS, INTEGERS, expect, expect_option, expect_that
-from . import native_impl, reference
+from . import native_impl, quack_impl, reference, torch_impl, triton_impl
 
 DOORS = ("moe_experts",)
-IMPLS = {"reference": reference, "cpu": native_impl}
+IMPLS = {
+    "reference": reference,
+    "cpu": native_impl,
+    "triton": triton_impl,
+    "torch": torch_impl,
+    "quack": quack_impl,
+}
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 NAME = "moe_experts"
 
@@ -51,7 +57,8 @@ def moe_experts(
             each.to(dtype) for each in (hidden, gate_up_proj, down_proj)
         )
     _check(hidden, gate_up_proj, down_proj, experts, weights, activation)
-    chosen = backends.choose(backend, hidden, IMPLS)
+    widths = (hidden.shape[1], down_proj.shape[2])
+    chosen = backends.choose(backend, hidden, IMPLS, activation=activation, widths=widths)
     out: Tensor = _forward(hidden, gate_up_proj, down_proj, experts, weights, activation, chosen)[0]
     return out
 
