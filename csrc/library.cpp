@@ -72,7 +72,7 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
   m.def("moe_dispatch_forward(Tensor hidden, Tensor order, int top_k) -> Tensor");
   m.def("moe_combine_forward(Tensor rows, Tensor slots, Tensor? weights) -> Tensor");
   m.def(
-      "moe_combine_backward(Tensor dout, Tensor rows, Tensor order, Tensor weights, "
+      "moe_combine_backward(Tensor dout, Tensor rows, Tensor order, Tensor slots, Tensor weights, "
       "bool needs_drows, bool needs_dweights) -> (Tensor, Tensor)");
 
   // moe_experts

@@ -148,9 +148,11 @@ void combine_backward(const T* dout, const T* rows, const int32_t* order, const 
   });
 }
 
+// By sorted row: slots, by which CUDA goes, would write the rows of a token far apart.
 std::tuple<Tensor, Tensor> moe_combine_backward_cpu(const Tensor& dout, const Tensor& rows,
-                                                    const Tensor& order, const Tensor& weights,
-                                                    bool needs_drows, bool needs_dweights) {
+                                                    const Tensor& order, const Tensor& /*slots*/,
+                                                    const Tensor& weights, bool needs_drows,
+                                                    bool needs_dweights) {
   Tensor g = torch::stable::contiguous(dout), y = torch::stable::contiguous(rows);
   Tensor plan = torch::stable::contiguous(order), w = torch::stable::contiguous(weights);
   const int64_t num_rows = y.size(0), columns = y.size(1), top_k = w.size(1);

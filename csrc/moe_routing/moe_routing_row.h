@@ -5,32 +5,12 @@
 #pragma once
 
 #include "common/cpu.h"
+#include "moe_routing/options.h"
 
 #include <algorithm>
 #include <vector>
 
 namespace deepfusion::inline DF_LEVEL {
-
-struct Options {
-  int64_t top_k, num_groups, top_groups;
-  bool is_sigmoid, is_topk_first, renormalize, is_top2_sum;
-  double scale, balance, z;
-
-  bool is_selected_softmax() const { return !is_sigmoid && (renormalize || is_topk_first); }
-  // scores grow with logits: comparing logits gives the same choice, free of rounding
-  bool chooses_by_logit(bool has_bias) const {
-    return is_topk_first || (!has_bias && !is_top2_sum);
-  }
-  bool needs_lse() const {
-    return (balance != 0 && !is_sigmoid) || z != 0 || !(is_sigmoid || is_selected_softmax());
-  }
-  bool needs_mass() const { return balance != 0 && is_sigmoid; }
-  bool needs_scores(bool has_bias) const {
-    return balance != 0 || !chooses_by_logit(has_bias) || !(is_sigmoid || is_selected_softmax());
-  }
-};
-
-inline constexpr double kTiny = 1e-20;
 
 template <typename W>
 inline constexpr W kLowest = -std::numeric_limits<W>::infinity();

@@ -81,6 +81,8 @@ def gradients(output: Tensor, cotangent: Tensor, *leaves: Tensor) -> tuple[Tenso
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-D{}-E{}-K{}".format(*s))
 @pytest.mark.usefixtures("poisoned_memory")
 def test_forward_and_gradient_within_budget(shape, dtype, backend, device) -> None:
+    if backend == "cuda" and dtype == torch.float64:
+        pytest.skip("cuda serves no float64")
     T, D, E, K = shape
     plan = DispatchPlan(*(p.to(device) for p in moe_plan(draw("some_sentinels", T, K, E), E)))
     hidden = torch.randn(T, D, device=device).to(dtype).requires_grad_()
@@ -133,14 +135,15 @@ def test_reference_is_its_matrix() -> None:
 
 
 def test_dispatch_and_combine_are_adjoint(backend, device) -> None:
+    """Whole numbers, whose sums are exact in float32."""
     T, D, E, K = 40, 24, 9, 3
     plan = moe_plan(draw("some_sentinels", T, K, E).to(device), E, backend=backend)
-    x = torch.randn(T, D, device=device, dtype=torch.float64)
-    y = torch.randn(T * K, D, device=device, dtype=torch.float64)
+    x = torch.randint(-9, 10, (T, D), device=device).float()
+    y = torch.randint(-9, 10, (T * K, D), device=device).float()
     ones = torch.ones(T, K, device=device)
     left = (moe_dispatch(x, plan, backend=backend) * y).sum()
     right = (x * moe_combine(y, plan, ones, backend=backend)).sum()
-    torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+    assert left == right != 0
 
 
 @pytest.mark.usefixtures("poisoned_memory")

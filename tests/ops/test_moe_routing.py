@@ -47,6 +47,8 @@ SIZES = ((1, 1, 1), (7, 2, 1), (60, 4, 10), (64, 6, 8), (128, 8, 8), (1000, 32, 
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: f"E{s[0]}-K{s[1]}")
 @pytest.mark.usefixtures("poisoned_memory")
 def test_every_mode_within_budget(size, dtype, backend, device) -> None:
+    if backend == "cuda" and dtype == torch.float64:
+        pytest.skip("cuda serves no float64")
     (E, K, num_groups), T = size, 37
     z = torch.randn(T, E).to(dtype).to(device)
     pull = torch.randn(T, K, device=device)

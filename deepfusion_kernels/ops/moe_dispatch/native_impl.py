@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..shared.moe_plan import DispatchPlan
 
 _ops = torch.ops.deepfusion_native
+
+# compute capabilities whose `make gpu` the CUDA kernels have passed; elsewhere only on request
+PROVEN_ON: frozenset[tuple[int, int]] = frozenset()
+
+# CUDA: a block counts every expert's slots in shared memory
+MAX_EXPERTS = 1024
+
+
+def declines(name: str, tensor: Tensor, *, num_experts: int = 1, **facts: Any) -> str | None:
+    """CUDA serves two- and four-byte floats and up to 1024 experts."""
+    if name != "cuda":
+        return None
+    if tensor.dtype == torch.float64:
+        return "rows must be float32, bfloat16 or float16, got float64"
+    if num_experts > MAX_EXPERTS:
+        return f"moe_plan serves at most {MAX_EXPERTS} experts, got {num_experts}"
+    return None
 
 
 def _wide(weights: Tensor, rows: Tensor) -> Tensor:
@@ -42,6 +61,6 @@ def combine_backward(
     needs_dweights: bool,
 ) -> tuple[Tensor, Tensor]:
     drows, dweights = _ops.moe_combine_backward(
-        dout, rows, plan.order, _wide(weights, rows), needs_drows, needs_dweights
+        dout, rows, plan.order, plan.slots, _wide(weights, rows), needs_drows, needs_dweights
     )
     return drows, dweights.to(weights.dtype)

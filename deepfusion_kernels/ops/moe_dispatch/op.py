@@ -17,7 +17,7 @@ from ..shared.moe_plan import DispatchPlan
 from . import native_impl, reference
 
 DOORS = ("moe_plan", "moe_dispatch", "moe_combine")
-IMPLS = {"reference": reference, "cpu": native_impl}
+IMPLS = {"reference": reference, "cpu": native_impl, "cuda": native_impl}
 
 
 def moe_plan(experts: Tensor, num_experts: int, *, backend: str | None = None) -> DispatchPlan:
@@ -34,7 +34,8 @@ def moe_plan(experts: Tensor, num_experts: int, *, backend: str | None = None) -
     T, K = expect(experts, "moe_plan", "experts", "T K", dtype=INTEGERS)
     expect_that(num_experts >= 1, "moe_plan", "num_experts", ">= 1", num_experts)
     expect_that(T * K < 2**31, "moe_plan", "experts", "of fewer than 2^31 slots", T * K)
-    return DispatchPlan(*_plan(experts, num_experts, backends.choose(backend, experts, IMPLS)))
+    chosen = backends.choose(backend, experts, IMPLS, num_experts=num_experts)
+    return DispatchPlan(*_plan(experts, num_experts, chosen))
 
 
 def moe_dispatch(hidden: Tensor, plan: DispatchPlan, *, backend: str | None = None) -> Tensor:

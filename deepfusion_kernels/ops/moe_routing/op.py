@@ -16,7 +16,7 @@ from . import native_impl, reference
 from .options import Options, unpack
 
 DOORS = ("moe_route",)
-IMPLS = {"reference": reference, "cpu": native_impl}
+IMPLS = {"reference": reference, "cpu": native_impl, "cuda": native_impl}
 
 
 class Routing(NamedTuple):
@@ -84,7 +84,7 @@ def moe_route(
             "give the router no gradient; use renormalize=False with order='score_then_topk'",
             stacklevel=2,
         )
-    chosen = backends.choose(backend, router_logits, IMPLS)
+    chosen = backends.choose(backend, router_logits, IMPLS, num_experts=E)
     outputs = _route(router_logits, bias, options.sizes, options.flags, options.factors, chosen)
     return Routing(*outputs[:4])
 
