@@ -87,6 +87,74 @@ def eager_topk_kl_distillation(
     return F.kl_div(*sides, reduction="none", log_target=True).sum(-1).mean()
 
 
+def _in_best_groups(
+    choice: Tensor, num_groups: int, top_groups: int | None, group_score: str
+) -> Tensor:
+    """-inf outside the best groups, as DeepSeek's routers mask them."""
+    T, E = choice.shape
+    grouped = choice.view(T, num_groups, E // num_groups)
+    best = grouped.topk(2 if group_score == "top2_sum" else 1, dim=-1).values.sum(-1)
+    kept = torch.zeros_like(best).scatter_(1, best.topk(top_groups or 1, dim=-1).indices, 1.0)
+    return grouped.masked_fill(kept[..., None] == 0, -math.inf).view(T, E)
+
+
+def eager_moe_route(
+    router_logits: Tensor,
+    top_k: int,
+    *,
+    score: str = "softmax",
+    renormalize: bool = False,
+    scale: float = 1.0,
+    selection_bias: Tensor | None = None,
+    num_groups: int | None = None,
+    top_groups: int | None = None,
+    group_score: str = "max",
+    balance_loss_weight: float = 0.0,
+    z_loss_weight: float = 0.0,
+) -> tuple[Tensor, ...]:
+    """Scores of every expert, torch.topk, losses by one-hot as transformers has them."""
+    z = router_logits.float()
+    E = z.shape[1]
+    scores = z.sigmoid() if score == "sigmoid" else z.softmax(-1)
+    choice = scores.detach() if selection_bias is None else scores.detach() + selection_bias
+    if num_groups is not None:
+        choice = _in_best_groups(choice, num_groups, top_groups, group_score)
+    experts = choice.topk(top_k, dim=-1).indices
+    weights = scores.gather(1, experts)
+    if renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    aux = z.new_zeros(())
+    share = F.one_hot(experts, E).float().sum(1).mean(0)
+    if balance_loss_weight:
+        mean = (scores / scores.sum(-1, keepdim=True)).mean(0)
+        aux = aux + balance_loss_weight * E * (share * mean).sum()
+    if z_loss_weight:
+        aux = aux + z_loss_weight * z.logsumexp(-1).square().mean()
+    return weights * scale, experts, aux
+
+
+def eager_moe_plan(experts: Tensor, num_experts: int) -> tuple[Tensor, ...]:
+    """argsort, its inverse and bincount, which asks the host for the largest id."""
+    flat = experts.flatten()
+    order = flat.argsort(stable=True)
+    slots = torch.empty_like(order).scatter_(
+        0, order, torch.arange(order.numel(), device=order.device)
+    )
+    return order, slots.view_as(experts), flat.bincount(minlength=num_experts).cumsum(0)
+
+
+def eager_moe_dispatch(hidden: Tensor, plan: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Indexing; every slot has an expert."""
+    order, slots, _ = plan
+    return hidden[order // slots.shape[1]]
+
+
+def eager_moe_combine(rows: Tensor, plan: tuple[Tensor, Tensor, Tensor], weights: Tensor) -> Tensor:
+    """Rows back in their slots, weighted, summed; every slot has an expert."""
+    slots = plan[1]
+    return (rows[slots] * weights[..., None].to(rows.dtype)).sum(1)
+
+
 def eager_moe_experts(
     hidden: Tensor, gate_up_proj: Tensor, down_proj: Tensor, experts: Tensor, weights: Tensor
 ) -> Tensor:

@@ -5,7 +5,7 @@ error = max over tensors of max |ours - truth| / max |truth|
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,11 @@ def tensors_in(value: Any) -> list[Tensor]:
     if isinstance(value, (list, tuple)):
         return [tensor for item in value for tensor in tensors_in(item)]
     return []
+
+
+def rebuilt(value: Any, items: Iterable[Any]) -> Any:
+    """A list or tuple of the same kind as value: named tuples take their items one by one."""
+    return type(value)._make(items) if hasattr(value, "_make") else type(value)(items)
 
 
 def outputs_and_gradients(
@@ -45,7 +50,7 @@ def _in_float64(value: Any) -> Any:
             return value
         return value.detach().double().requires_grad_(value.requires_grad)
     if isinstance(value, (list, tuple)):
-        return type(value)(_in_float64(item) for item in value)
+        return rebuilt(value, map(_in_float64, value))
     return value
 
 

@@ -13,7 +13,14 @@ from .. import backends
 from ..cases import Case
 from ..catalog import CATALOG, Op
 from . import roofline
-from .accuracy import Door, error_against, outputs_and_gradients, tensors_in, truth_of
+from .accuracy import (
+    Door,
+    error_against,
+    outputs_and_gradients,
+    rebuilt,
+    tensors_in,
+    truth_of,
+)
 from .timing import interleaved, peak_extra_bytes
 
 # what a variant raises that lacks an option, a package or the memory for a call
@@ -63,7 +70,7 @@ def _settled(value: Any) -> Any:
     """Inputs as data: what a case computed from an input that wants a gradient wants none."""
     if isinstance(value, Tensor):
         return value if value.is_leaf else value.detach()
-    return type(value)(map(_settled, value)) if isinstance(value, (list, tuple)) else value
+    return rebuilt(value, map(_settled, value)) if isinstance(value, (list, tuple)) else value
 
 
 def backends_here(op: Op, tensor: Tensor) -> list[str]:
