@@ -73,6 +73,27 @@ def test_what_depends_on_an_input_wants_no_gradient() -> None:
     assert max(row.error or 0 for row in found.rows) < 1e-4
 
 
+def test_baselines_of_a_plan_and_what_follows_it_agree() -> None:
+    """A plan is a named tuple: the truth in float64 rebuilds it."""
+    T, D, E, K = 30, 6, 4, 2
+    experts = torch.rand(T, E).topk(K).indices
+    arguments: dict[str, Any] = {"experts": experts, "num_experts": E}
+    doors = CATALOG["moe_dispatch"].doors
+    plan = doors["moe_plan"](**arguments)
+    for ours, theirs in zip(plan[:2], baselines.eager_moe_plan(**arguments), strict=False):
+        assert torch.equal(ours, theirs)
+    hidden = torch.randn(T, D).requires_grad_()
+    rows, weights = torch.randn(T * K, D).requires_grad_(), torch.rand(T, K).requires_grad_()
+    for door, given in (
+        ("moe_dispatch", {"hidden": hidden, "plan": plan}),
+        ("moe_combine", {"rows": rows, "plan": plan, "weights": weights}),
+    ):
+        truth = truth_of(doors[door], given)
+        for function in (doors[door], baselines_of(door, compiled=False)["eager"]):
+            found = outputs_and_gradients(function, given)
+            assert error_against(truth, found[0] + found[1]) < 1e-6
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_peer_serves_its_own_door_alone(compiled: bool) -> None:
     more = {"torch.compile"} if compiled else set()
