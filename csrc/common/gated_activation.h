@@ -18,11 +18,24 @@ struct Activated {
   W slope;
 };
 
+// 1 / (1 + e^-x); any number where x is NaN, which a product with x hides.
+inline double logistic(double x) {
+  return 1 / (1 + std::exp(-x));
+}
+inline float logistic(float x) {
+  // beyond these it is 0 or 1 to float32 anyway, and e^-x stays finite
+  const float above = x > -87.0f ? x : -87.0f;
+  const ReducedExp reduced = reduce_exp(above < 87.0f ? -above : -87.0f);
+  const float r = reduced.r;
+  const float y = exp_tail(r) * r * r + r + 1.0f;
+  return 1.0f / (1.0f + scale_by_power(y, reduced.shifted));
+}
+
 template <Activation ACT, typename W>
 inline Activated<W> activate(W g) {
   constexpr W one = 1;
   if constexpr (ACT == Activation::kSilu) {
-    const W s = one / (one + exp_fast(-g));
+    const W s = logistic(g);
     return {g * s, s * (one + g * (one - s))};
   } else if constexpr (ACT == Activation::kGelu) {
     const W phi = exp_fast(W(-0.5) * g * g) * W(0.39894228040143267794);
@@ -31,7 +44,7 @@ inline Activated<W> activate(W g) {
   } else {
     constexpr W c = 0.79788456080286535588;
     constexpr W cubic = 0.044715;
-    const W s = one / (one + exp_fast(W(-2) * c * (g + cubic * g * g * g)));
+    const W s = logistic(W(2) * c * (g + cubic * g * g * g));
     return {g * s, s + W(2) * g * s * (one - s) * c * (one + W(3) * cubic * g * g)};
   }
 }

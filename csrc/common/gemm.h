@@ -67,10 +67,35 @@ struct VectorOf {
   typedef T loose __attribute__((vector_size(kVectorBytes), may_alias, aligned(2)));
 };
 
+// What a tile does beside its products, one piece every kChoreSteps steps: its own arithmetic
+// leaves most of the processor's other units idle, whereas a burst of misses before or after it
+// would stop the products. A chore has `left` pieces and does one at a time.
+constexpr int64_t kChoreSteps = 4;
+struct NoChore {
+  static constexpr int64_t left = 0;
+  void one() {}
+};
+
+// Cache lines that will be wanted later: `left` pairs, `twin` bytes apart, the pairs `stride` bytes
+// apart.
+struct Lines {
+  const char* at = nullptr;
+  int64_t left = 0;
+  int64_t stride = 64;
+  int64_t twin = 0;
+  void one() {
+    __builtin_prefetch(at, 0, 2);
+    __builtin_prefetch(at + twin, 0, 2);
+    at += stride;
+    --left;
+  }
+};
+
 // rows[i][k * step] times panel[k][j]; `first` starts the sums, otherwise they are added to.
-template <typename S, int ROWS>
+template <typename S, int ROWS, typename Chore>
 [[gnu::noinline]] void multiply_tile(const unit_t<S>* const* rows, int64_t step,
-                                     const unit_t<S>* panel, int64_t steps, bool first, S* out) {
+                                     const unit_t<S>* panel, int64_t steps, bool first, S* out,
+                                     Chore& chore) {
   using Vector = typename VectorOf<S>::type;
   const Vector* b = reinterpret_cast<const Vector*>(panel);
   const S* a[ROWS];
@@ -80,13 +105,28 @@ template <typename S, int ROWS>
     a[i] = rows[i];
     sums[i][0] = sums[i][1] = Vector{};
   }
-  for (int64_t k = 0; k < steps; ++k, b += 2) {
+  int64_t k = 0;
+  // a copy, else every piece would go through memory
+  Chore mine = chore;
+  while (mine.left > 0 && k + kChoreSteps <= steps) {
+    mine.one();
+#pragma GCC unroll 1
+    for (int64_t u = 0; u < kChoreSteps; ++u, ++k, b += 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; ++i) {
+        sums[i][0] += a[i][k * step] * b[0];
+        sums[i][1] += a[i][k * step] * b[1];
+      }
+    }
+  }
+  for (; k < steps; ++k, b += 2) {
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i) {
       sums[i][0] += a[i][k * step] * b[0];
       sums[i][1] += a[i][k * step] * b[1];
     }
   }
+  chore = mine;
   Vector* target = reinterpret_cast<Vector*>(out);
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i) {
@@ -101,13 +141,13 @@ inline bool multiplies_bfloat16() {
 }
 
 // The same for pairs of bfloat16: products and sums in float32, two a lane and step.
-template <typename S, int ROWS>
+template <typename S, int ROWS, typename Chore>
   requires std::is_same_v<S, BFloat16>
 [[gnu::noinline, gnu::target("avx512bf16")]] void multiply_tile(const unit_t<S>* const* rows,
                                                                 int64_t step,
                                                                 const unit_t<S>* panel,
                                                                 int64_t steps, bool first,
-                                                                float* out) {
+                                                                float* out, Chore& chore) {
   const unit_t<S>* a[ROWS];
   __m512 sums[ROWS][2];
 #pragma GCC unroll 8
@@ -115,7 +155,24 @@ template <typename S, int ROWS>
     a[i] = rows[i];
     sums[i][0] = sums[i][1] = _mm512_setzero_ps();
   }
-  for (int64_t k = 0; k < steps; ++k, panel += 32) {
+  int64_t k = 0;
+  // a copy, else every piece would go through memory
+  Chore mine = chore;
+  while (mine.left > 0 && k + kChoreSteps <= steps) {
+    mine.one();
+#pragma GCC unroll 1
+    for (int64_t u = 0; u < kChoreSteps; ++u, ++k, panel += 32) {
+      const __m512bh left = (__m512bh)_mm512_load_si512(panel);
+      const __m512bh right = (__m512bh)_mm512_load_si512(panel + 16);
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; ++i) {
+        const __m512bh both = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[i][k * step]));
+        sums[i][0] = _mm512_dpbf16_ps(sums[i][0], both, left);
+        sums[i][1] = _mm512_dpbf16_ps(sums[i][1], both, right);
+      }
+    }
+  }
+  for (; k < steps; ++k, panel += 32) {
     const __m512bh left = (__m512bh)_mm512_load_si512(panel);
     const __m512bh right = (__m512bh)_mm512_load_si512(panel + 16);
 #pragma GCC unroll 8
@@ -125,6 +182,7 @@ template <typename S, int ROWS>
       sums[i][1] = _mm512_dpbf16_ps(sums[i][1], both, right);
     }
   }
+  chore = mine;
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i) {
     float* target = out + 32 * i;
@@ -140,19 +198,27 @@ inline bool multiplies_bfloat16() {
 }
 #endif
 
-template <typename S, int ROWS = kTileRows>
+template <typename S, int ROWS = kTileRows, typename Chore>
 inline void multiply_rows(int count, const unit_t<S>* const* rows, int64_t step,
                           const unit_t<S>* panel, int64_t steps, bool first,
-                          typename Operand<S>::Wide* out) {
+                          typename Operand<S>::Wide* out, Chore& chore) {
   if (count == ROWS) {
-    multiply_tile<S, ROWS>(rows, step, panel, steps, first, out);
+    multiply_tile<S, ROWS>(rows, step, panel, steps, first, out, chore);
   } else if constexpr (ROWS > 1) {
-    multiply_rows<S, ROWS - 1>(count, rows, step, panel, steps, first, out);
+    multiply_rows<S, ROWS - 1>(count, rows, step, panel, steps, first, out, chore);
   }
 }
 
-// Rows `stride` bytes apart whose first `bytes` bytes will be wanted next: fetched a part at a time
-// while tiles are multiplied, so that packing them does not wait for memory.
+template <typename S>
+inline void multiply_rows(int count, const unit_t<S>* const* rows, int64_t step,
+                          const unit_t<S>* panel, int64_t steps, bool first,
+                          typename Operand<S>::Wide* out) {
+  NoChore none;
+  multiply_rows<S>(count, rows, step, panel, steps, first, out, none);
+}
+
+// Rows `stride` bytes apart whose first `bytes` bytes will be wanted next: a part of them for each
+// tile, so that packing them does not wait for memory.
 struct Ahead {
   const void* base = nullptr;
   int64_t rows = 0;
@@ -160,41 +226,45 @@ struct Ahead {
   int64_t bytes = 0;
   // distance to a second such region, if there is one
   int64_t twin = 0;
-  void fetch(int64_t part, int64_t parts) const {
-    for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; ++row) {
-      const char* line = static_cast<const char*>(base) + row * stride;
-      for (int64_t at = 0; at < bytes; at += 64) {
-        __builtin_prefetch(line + at, 0, 3);
-        if (twin) __builtin_prefetch(line + at + twin, 0, 3);
-      }
-    }
+  Lines operator()(int64_t, int64_t part, int64_t parts) const {
+    const bool is_solid = stride == bytes;
+    const int64_t pairs = is_solid ? rows * bytes / (twin ? 64 : 128) : rows;
+    const int64_t step = is_solid ? (twin ? 64 : 128) : stride;
+    const int64_t first = pairs * part / parts;
+    return {static_cast<const char*>(base) + first * step, pairs * (part + 1) / parts - first, step,
+            is_solid && twin ? twin : std::min<int64_t>(64, bytes)};
   }
 };
 
 // All rows against one panel; row_at(i) points at A(i, 0), finish(i, sums) takes each finished row
-// of kColumns sums. ahead.fetch(part, parts) is called before each tile.
-template <typename S, typename RowAt, typename Next, typename Finish>
+// of kColumns sums. before(i, part, parts) is called before the tile of rows from i on and returns
+// the chore that is done meanwhile.
+template <typename S, typename RowAt, typename Before, typename Finish>
 inline void sweep(const RowAt& row_at, int64_t num_rows, int64_t step, const unit_t<S>* panel,
-                  int64_t steps, const Next& ahead, const Finish& finish) {
+                  int64_t steps, const Before& before, const Finish& finish) {
   alignas(64) typename Operand<S>::Wide out[kTileRows * kColumns<S>];
+  const int64_t parts = (num_rows + kTileRows - 1) / kTileRows;
   for (int64_t i = 0; i < num_rows; i += kTileRows) {
     const int count = static_cast<int>(std::min<int64_t>(kTileRows, num_rows - i));
     const unit_t<S>* shifted[kTileRows];
-    ahead.fetch(i / kTileRows, (num_rows + kTileRows - 1) / kTileRows);
+    auto chore = before(i, i / kTileRows, parts);
     int64_t k = 0;
     do {
       const int64_t piece = std::min(kSumSteps, steps - k);
       for (int r = 0; r < count; ++r) shifted[r] = row_at(i + r) + k * step;
-      multiply_rows<S>(count, shifted, step, panel + k * kColumns<S>, piece, k == 0, out);
+      multiply_rows<S>(count, shifted, step, panel + k * kColumns<S>, piece, k == 0, out, chore);
       k += piece;
     } while (k < steps);
+    while (chore.left > 0) chore.one();
     for (int r = 0; r < count; ++r) finish(i + r, out + r * kColumns<S>);
   }
 }
 template <typename S, typename RowAt, typename Finish>
 inline void sweep(const RowAt& row_at, int64_t num_rows, int64_t step, const unit_t<S>* panel,
                   int64_t steps, const Finish& finish) {
-  sweep<S>(row_at, num_rows, step, panel, steps, Ahead{}, finish);
+  sweep<S>(
+      row_at, num_rows, step, panel, steps, [](int64_t, int64_t, int64_t) { return NoChore(); },
+      finish);
 }
 
 }  // namespace deepfusion::inline DF_LEVEL

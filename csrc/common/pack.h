@@ -61,16 +61,31 @@ inline typename VectorOf<typename Operand<S>::Wide>::type load_units(const T* so
 template <typename S, typename T>
 void pack_rows(const T* const* sources, int64_t depth, unit_t<S>* panel) {
   using Vector = typename VectorOf<typename Operand<S>::Wide>::type;
-  constexpr int64_t N = kLanes<S>;
+  constexpr int64_t N = kLanes<S>, kElements = N * Operand<S>::kDepth;
   const int64_t steps = steps_of<S>(depth);
   for (int64_t group = 0; group < 2; ++group) {
     const T* const* lanes = sources + group * N;
-    for (int64_t k = 0; k < steps; k += N) {
-      const int64_t at = k * Operand<S>::kDepth;
-      Vector square[N];
+    const bool is_whole = std::find(lanes, lanes + N, nullptr) == lanes + N;
+    int64_t k = 0;
+    // whole squares without a branch, so that they stay in registers
+    if constexpr (std::is_same_v<S, T>) {
+      using Loose = typename VectorOf<typename Operand<S>::Wide>::loose;
+      for (; is_whole && k * Operand<S>::kDepth + kElements <= depth; k += N) {
+        Vector square[N];
 #pragma GCC unroll 16
+        for (int64_t i = 0; i < N; ++i)
+          square[i] = *reinterpret_cast<const Loose*>(lanes[i] + k * Operand<S>::kDepth);
+        transpose<Vector, N>(square);
+        Vector* target = reinterpret_cast<Vector*>(panel + k * kColumns<S>) + group;
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < N; ++i) target[2 * i] = square[i];
+      }
+    }
+    for (; k < steps; k += N) {
+      const int64_t left = depth - k * Operand<S>::kDepth;
+      Vector square[N];
       for (int64_t i = 0; i < N; ++i) {
-        square[i] = lanes[i] ? load_units<S, T>(lanes[i] + at, depth - at) : Vector{};
+        square[i] = lanes[i] ? load_units<S, T>(lanes[i] + k * Operand<S>::kDepth, left) : Vector{};
       }
       transpose<Vector, N>(square);
       Vector* target = reinterpret_cast<Vector*>(panel + k * kColumns<S>) + group;
@@ -115,9 +130,30 @@ void pack_columns(const RowAt& row_at, int64_t depth, int64_t count, unit_t<S>* 
   }
 }
 
-// The next panel of columns, packed a chunk at a time between the tiles of this one. Rows that lie
-// a power of two apart share a few sets of the cache: a whole strip fetched ahead would push itself
-// out.
+// Rows `pitch` elements apart to steps of a panel, whole width; what lies `reach` elements further
+// is fetched for the next tile.
+template <typename S>
+struct CopyRows {
+  const S* from = nullptr;
+  int64_t left = 0;
+  int64_t pitch = 0;
+  int64_t reach = 0;
+  unit_t<S>* to = nullptr;
+  void one() {
+    constexpr int64_t kDepth = Operand<S>::kDepth;
+    pack_columns<S, kColumns<S>>([this](int64_t k) { return from + k * pitch; }, kDepth,
+                                 kColumns<S>, to);
+    __builtin_prefetch(from + reach, 0, 2);
+    __builtin_prefetch(kDepth > 1 ? from + reach + pitch : from + reach + kLanes<S>, 0, 2);
+    from += kDepth * pitch;
+    to += kColumns<S>;
+    --left;
+  }
+};
+
+// The next panel of columns, packed a chunk at a time while the tiles of this one are multiplied.
+// Rows that lie a power of two apart share a few sets of the cache: a whole strip fetched ahead
+// would push itself out.
 template <typename S, typename T>
 struct PackAhead {
   const T* source;
@@ -126,23 +162,34 @@ struct PackAhead {
   // columns from `source` on, none if negative; a panel takes the first kColumns
   int64_t columns;
   unit_t<S>* panel;
-  void fetch(int64_t part, int64_t parts) const {
-    if (columns <= 0) return;
+  CopyRows<S> operator()(int64_t, int64_t part, int64_t parts) const {
+    constexpr int64_t kDepth = Operand<S>::kDepth;
+    if (columns <= 0) return {};
     const int64_t chunk = ((depth + parts - 1) / parts + 1) / 2 * 2;
     const int64_t begin = std::min(depth, part * chunk), end = std::min(depth, begin + chunk);
-    pack_columns<S, kColumns<S>>([&](int64_t k) { return source + (begin + k) * pitch; },
-                                 end - begin, std::min(kColumns<S>, columns),
-                                 panel + begin / Operand<S>::kDepth * kColumns<S>);
-    const bool is_last = part + 1 == parts;
-    if (is_last && columns <= kColumns<S>) return;
-    const T* next = is_last ? source + kColumns<S> : source + end * pitch;
-    for (int64_t row = 0; row < std::min(chunk, is_last ? depth : depth - end); ++row) {
-      const char* line = reinterpret_cast<const char*>(next + row * pitch);
-      for (size_t at = 0; at < kColumns<S> * sizeof(T); at += 64)
-        __builtin_prefetch(line + at, 0, 2);
+    unit_t<S>* target = panel + begin / kDepth * kColumns<S>;
+    if constexpr (std::is_same_v<S, T>) {
+      if (columns >= kColumns<S> && (end - begin) % kDepth == 0) {
+        const bool is_last = part + 1 == parts;
+        return {source + begin * pitch, (end - begin) / kDepth, pitch,
+                is_last ? kColumns<S> - begin * pitch : chunk * pitch, target};
+      }
     }
+    pack_columns<S, kColumns<S>>([&](int64_t k) { return source + (begin + k) * pitch; },
+                                 end - begin, std::min(kColumns<S>, columns), target);
+    return {};
   }
 };
+
+// Rows [i, i + kTileRows) of at most `rows`, `pitch` elements apart, of which `count` elements are
+// read or written when a tile is finished: on their way while it is multiplied.
+template <typename T>
+inline void touch_rows(const T* base, int64_t pitch, int64_t i, int64_t rows, int64_t count) {
+  for (int64_t row = i; row < std::min<int64_t>(rows, i + kTileRows); ++row) {
+    const char* line = reinterpret_cast<const char*>(base + row * pitch);
+    for (int64_t at = 0; at < count * int64_t{sizeof(T)}; at += 64) __builtin_prefetch(line + at);
+  }
+}
 
 // The first `count` of N lanes, widened; zeros beyond them.
 template <int64_t N, typename W, typename T>
@@ -183,6 +230,30 @@ inline void store_lanes(const W* lanes, int64_t count, T* target) {
   }
 }
 
+// The same for all N lanes; S says that this processor rounds to bfloat16 itself.
+template <typename S, int64_t N, typename T, typename W>
+inline void round_lanes(const W* lanes, T* target) {
+#if defined(DF_LEVEL_avx512)
+  if constexpr (std::is_same_v<S, BFloat16> && std::is_same_v<T, BFloat16>) {
+    for (int64_t lane = 0; lane < N; lane += 16) {
+      __m256i narrow;
+      // not the intrinsic, which only a function compiled for avx512bf16 may use
+      asm("vcvtneps2bf16 %1, %0" : "=v"(narrow) : "v"(_mm512_loadu_ps(lanes + lane)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + lane), narrow);
+    }
+    return;
+  }
+#endif
+  store_lanes<N>(lanes, N, target);
+}
+template <typename S, int64_t N, typename T, typename W>
+inline void round_lanes(const W* lanes, int64_t count, T* target) {
+  if (count == N) return round_lanes<S, N>(lanes, target);
+  alignas(64) T narrow[N];
+  round_lanes<S, N>(lanes, narrow);
+  std::memcpy(target, narrow, sizeof(T) * count);
+}
+
 // Whether rows of this pitch can be written past the cache: whole lines at aligned places.
 template <typename T>
 inline bool can_stream([[maybe_unused]] const T* target, [[maybe_unused]] int64_t pitch) {
@@ -194,17 +265,22 @@ inline bool can_stream([[maybe_unused]] const T* target, [[maybe_unused]] int64_
 }
 
 // N lanes rounded to T, past the cache: a line that is written whole need not be read first.
-template <int64_t N, typename T, typename W>
+template <typename S, int64_t N, typename T, typename W>
 inline void stream_lanes([[maybe_unused]] const W* lanes, [[maybe_unused]] T* target) {
 #if defined(DF_LEVEL_avx512)
   static_assert(N * sizeof(T) % 64 == 0);
   alignas(64) T narrow[N];
-  store_lanes<N>(lanes, N, narrow);
+  round_lanes<S, N>(lanes, narrow);
   for (size_t at = 0; at < N * sizeof(T); at += 64) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(reinterpret_cast<char*>(target) + at),
                         _mm512_load_si512(reinterpret_cast<const char*>(narrow) + at));
   }
 #endif
+}
+
+template <int64_t N, typename T, typename W>
+inline void stream_lanes(const W* lanes, T* target) {
+  stream_lanes<W, N>(lanes, target);
 }
 
 // Before another thread may read what was streamed.

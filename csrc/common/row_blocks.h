@@ -30,7 +30,8 @@ inline int64_t num_shares() {
   return std::max<int64_t>(1, torch::stable::get_num_threads());
 }
 
-// body(RowBlock) for the rows of one share, in blocks of at most `limit` rows.
+// body(RowBlock) for the rows of one share, in blocks of `limit` rows; the last of an expert takes
+// up to half as many more, since a short block costs as much packing as a long one.
 template <typename Body>
 inline void for_blocks(const int32_t* offsets, int64_t num_experts, int64_t share, int64_t shares,
                        int64_t limit, const Body& body) {
@@ -40,7 +41,8 @@ inline void for_blocks(const int32_t* offsets, int64_t num_experts, int64_t shar
   int64_t expert = std::upper_bound(offsets, offsets + num_experts + 1, row) - offsets - 1;
   while (row < last) {
     while (offsets[expert + 1] <= row) ++expert;
-    const int64_t end = std::min({last, row + limit, static_cast<int64_t>(offsets[expert + 1])});
+    const int64_t stop = std::min<int64_t>(last, offsets[expert + 1]);
+    const int64_t end = stop - row <= limit + limit / 2 ? stop : row + limit;
     body(RowBlock{expert, row, end});
     row = end;
   }

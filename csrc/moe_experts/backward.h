@@ -6,22 +6,9 @@
 
 #include "moe_experts/weight_gradient.h"
 
-namespace deepfusion::inline DF_LEVEL {
+#include <numeric>
 
-// The sum of a row of kColumns.
-template <typename S, typename W>
-inline W sum_lanes(const W* parts) {
-  using Vector = typename VectorOf<W>::type;
-  const Vector* halves = reinterpret_cast<const Vector*>(parts);
-  constexpr auto lanes = std::make_index_sequence<kLanes<S>>();
-  Vector sum = halves[0] + halves[1];
-  // lane 0 meets each of the others: interleaving with itself doubles the distance
-#pragma GCC unroll 4
-  for (int64_t width = kLanes<S>; width > 1; width /= 2) {
-    sum = interleave_low(sum, sum, lanes) + interleave_high(sum, sum, lanes);
-  }
-  return sum[0];
-}
+namespace deepfusion::inline DF_LEVEL {
 
 // Two panels of the columns of a weight [depth, pitch]: one is multiplied while the next is packed.
 template <typename S>
@@ -43,10 +30,11 @@ struct Panels {
   }
 };
 
-// One row's columns of a panel: dh and a' from dA' (`sums`) and h; returns their part of dw.
-template <typename S, Activation ACT, typename T, typename W>
-inline W gate_gradient(const T* h, int64_t F, const W* sums, int64_t count, W weight, S* dh,
-                       S* scaled) {
+// One row's columns of a panel: dh and a' from dA' (`sums`) and h; their part of dw is added to
+// kLanes sums, since a row is summed across only once.
+template <typename S, Activation ACT, typename T, typename W, typename Count>
+inline void gate_gradient(const T* h, int64_t F, const W* sums, Count count, W weight, S* dh,
+                          S* scaled, W* dots) {
   constexpr int64_t N = kColumns<S>;
   alignas(64) W gate[N], up[N], dgate[N], dup[N], act[N];
   load_lanes<N>(h, count, gate);
@@ -58,18 +46,17 @@ inline W gate_gradient(const T* h, int64_t F, const W* sums, int64_t count, W we
     dup[lane] = da * value;
     act[lane] = value * up[lane];
   }
-  store_lanes<N>(dgate, count, dh);
-  store_lanes<N>(dup, count, dh + F);
-  // halves folded onto each other: a scalar chain of N additions would outlast the lanes' own work
-  alignas(64) W parts[N];
-  for (int64_t lane = 0; lane < N; ++lane)
-    parts[lane] = lane < count ? sums[lane] * act[lane] : W(0);
-  const W dot = sum_lanes<S>(parts);
+  round_lanes<S, N>(dgate, count, dh);
+  round_lanes<S, N>(dup, count, dh + F);
+  for (int64_t lane = 0; lane < kLanes<S>; ++lane) {
+    const int64_t other = lane + kLanes<S>;
+    dots[lane] += lane < count ? sums[lane] * act[lane] : W(0);
+    dots[lane] += other < count ? sums[other] * act[other] : W(0);
+  }
   if (scaled) {
     for (int64_t lane = 0; lane < N; ++lane) act[lane] *= weight;
-    store_lanes<N>(act, count, scaled);
+    round_lanes<S, N>(act, count, scaled);
   }
-  return dot;
 }
 
 // dh, a' (where wanted) and dw of a block; dh and a' begin with the block's first row.
@@ -80,24 +67,46 @@ void activation_block(const Experts<T, S>& e, RowBlock block, const S* dout,
   using Wide = typename Operand<S>::Wide;
   const auto [_, K, D, F, E] = e.size;
   const T* weight = e.down + block.expert * D * F;
-  const unit_t<S>* rows[kBlockRows];
+  const unit_t<S>* rows[kMostBlockRows];
   for (int64_t r = block.begin; r < block.end; ++r) rows[r - block.begin] = units(e.row(dout, r));
   const auto row_at = [&](int64_t i) { return rows[i]; };
+  const int64_t num_rows = block.end - block.begin;
+  alignas(64) Wide dots[kMostBlockRows][kLanes<S>];
+  std::fill_n(dots[0], num_rows * kLanes<S>, Wide(0));
   panels.pack_first(weight, D, F);
   for (int64_t f = 0; f < F; f += kColumns<S>) {
     const int64_t count = std::min(kColumns<S>, F - f);
-    const auto [panel, ahead] = panels.take(weight, D, F, f);
+    const auto taken = panels.take(weight, D, F, f);
+    const T* source = h + block.begin * 2 * F + f;
+    const auto before = [&](int64_t i, int64_t part, int64_t parts) {
+      touch_rows(source, 2 * F, i, num_rows, count);
+      touch_rows(source + F, 2 * F, i, num_rows, count);
+      touch_rows(dh + f, 2 * F, i, num_rows, count);
+      touch_rows(dh + F + f, 2 * F, i, num_rows, count);
+      if (scaled) touch_rows(scaled + f, F, i, num_rows, count);
+      return taken.second(i, part, parts);
+    };
     with_activation(e.activation, [&](auto activation) {
-      sweep<S>(row_at, block.end - block.begin, 1, panel, steps_of<S>(D), ahead,
+      sweep<S>(row_at, num_rows, 1, taken.first, steps_of<S>(D), before,
                [&](int64_t i, const auto* sums) {
-                 const int64_t r = block.begin + i, slot = e.order[r];
-                 const Wide dot = gate_gradient<S, activation>(
-                     h + r * 2 * F + f, F, sums, count, weights[slot], dh + i * 2 * F + f,
-                     scaled ? scaled + i * F + f : nullptr);
-                 dweights[slot] = (f ? dweights[slot] : Wide(0)) + dot;
+                 const Wide gate_weight = weights[e.order[block.begin + i]];
+                 S* row_dh = dh + i * 2 * F + f;
+                 S* row_a = scaled ? scaled + i * F + f : nullptr;
+                 const auto run = [&](auto lanes) {
+                   gate_gradient<S, activation>(source + i * 2 * F, F, sums, lanes, gate_weight,
+                                                row_dh, row_a, dots[i]);
+                 };
+                 // a constant number of lanes needs no masks
+                 if (count == kColumns<S>) {
+                   run(std::integral_constant<int64_t, kColumns<S>>());
+                 } else {
+                   run(count);
+                 }
                });
     });
   }
+  for (int64_t i = 0; i < num_rows; ++i)
+    dweights[e.order[block.begin + i]] = std::accumulate(dots[i], dots[i] + kLanes<S>, Wide(0));
 }
 
 // dx rows = W1^T dh of a block.
@@ -107,13 +116,19 @@ void input_block(const Experts<T, S>& e, RowBlock block, Panels<S> panels, const
   const auto [_, K, D, F, E] = e.size;
   const T* weight = e.gate_up + block.expert * 2 * F * D;
   const auto row_at = [&](int64_t i) { return units(dh + i * 2 * F); };
+  const int64_t num_rows = block.end - block.begin;
   panels.pack_first(weight, 2 * F, D);
   for (int64_t d = 0; d < D; d += kColumns<S>) {
     const int64_t count = std::min(kColumns<S>, D - d);
-    const auto [panel, ahead] = panels.take(weight, 2 * F, D, d);
-    sweep<S>(row_at, block.end - block.begin, 1, panel, steps_of<S>(2 * F), ahead,
+    const auto taken = panels.take(weight, 2 * F, D, d);
+    auto* target = dx + block.begin * D + d;
+    const auto before = [&](int64_t i, int64_t part, int64_t parts) {
+      touch_rows(target, D, i, num_rows, count);
+      return taken.second(i, part, parts);
+    };
+    sweep<S>(row_at, num_rows, 1, taken.first, steps_of<S>(2 * F), before,
              [&](int64_t i, const auto* sums) {
-               store_lanes<kColumns<S>>(sums, count, dx + (block.begin + i) * D + d);
+               round_lanes<S, kColumns<S>>(sums, count, target + i * D);
              });
   }
 }
@@ -143,8 +158,9 @@ void run_backward(const Experts<T, S>& e, const Tensor& dout, const Tensor& weig
   const int64_t panel_units = steps_of<S>(std::max(D, 2 * F)) * kColumns<S>;
   Scratch<Wide> panel_memory(dout, shares, 2 * panel_units);
   // frozen experts need dh of one block at a time only
-  Scratch<S> own_dh(dout, shares,
-                    (dgate_up ? std::max(cuts.busiest_whole, kBlockRows) : kBlockRows) * 2 * F);
+  Scratch<S> own_dh(
+      dout, shares,
+      (dgate_up ? std::max(cuts.busiest_whole, kMostBlockRows) : kMostBlockRows) * 2 * F);
   Scratch<S> own_a(dout, shares, ddown ? cuts.busiest_whole * F : 0);
   Scratch<S> cut_dh(dout, 1, dgate_up ? cuts.rows * 2 * F : 0);
   Scratch<S> cut_a(dout, 1, ddown ? cuts.rows * F : 0);

@@ -16,6 +16,7 @@ namespace deepfusion::inline DF_LEVEL {
 // Rows of one expert that pass through all layers together: their activations stay in the
 // second-level cache.
 constexpr int64_t kBlockRows = 256;
+constexpr int64_t kMostBlockRows = kBlockRows + kBlockRows / 2;
 
 struct Sizes {
   int64_t T, K, D, F, E;

@@ -11,9 +11,10 @@ void up_block(const Experts<T, S>& e, RowBlock block, unit_t<S>* panel, T* h, S*
               int64_t a_pitch) {
   const auto [_, K, D, F, E] = e.size;
   const T* weight = e.gate_up + block.expert * 2 * F * D;
-  const unit_t<S>* rows[kBlockRows];
+  const unit_t<S>* rows[kMostBlockRows];
   for (int64_t r = block.begin; r < block.end; ++r) rows[r - block.begin] = units(e.row(e.x, r));
   const auto row_at = [&](int64_t i) { return rows[i]; };
+  const int64_t num_rows = block.end - block.begin;
   for (int64_t f = 0; f < F; f += kLanes<S>) {
     const int64_t count = std::min(kLanes<S>, F - f);
     const T* sources[kColumns<S>] = {};
@@ -25,18 +26,24 @@ void up_block(const Experts<T, S>& e, RowBlock block, unit_t<S>* panel, T* h, S*
     const int64_t next = f + kLanes<S>, bytes = sizeof(T) * D;
     const Ahead ahead{weight + next * D, std::clamp<int64_t>(F - next, 0, kLanes<S>), bytes, bytes,
                       F * bytes};
+    T* target = h + block.begin * 2 * F + f;
+    const auto before = [&](int64_t i, int64_t part, int64_t parts) {
+      touch_rows(target, 2 * F, i, num_rows, count);
+      touch_rows(target + F, 2 * F, i, num_rows, count);
+      return ahead(i, part, parts);
+    };
     with_activation(e.activation, [&](auto activation) {
-      sweep<S>(row_at, block.end - block.begin, 1, panel, steps_of<S>(D), ahead,
+      sweep<S>(row_at, num_rows, 1, panel, steps_of<S>(D), before,
                [&](int64_t i, const auto* sums) {
                  alignas(64) typename Operand<S>::Wide product[kLanes<S>];
                  const auto* up = sums + kLanes<S>;
                  for (int64_t lane = 0; lane < kLanes<S>; ++lane) {
                    product[lane] = activate<activation>(sums[lane]).value * up[lane];
                  }
-                 T* row = h + (block.begin + i) * 2 * F + f;
-                 store_lanes<kLanes<S>>(sums, count, row);
-                 store_lanes<kLanes<S>>(up, count, row + F);
-                 store_lanes<kLanes<S>>(product, count, a + i * a_pitch + f);
+                 T* row = target + i * 2 * F;
+                 round_lanes<S, kLanes<S>>(sums, count, row);
+                 round_lanes<S, kLanes<S>>(up, count, row + F);
+                 round_lanes<S, kLanes<S>>(product, count, a + i * a_pitch + f);
                });
     });
   }
@@ -49,6 +56,7 @@ void down_block(const Experts<T, S>& e, RowBlock block, unit_t<S>* panel, const 
   const auto [_, K, D, F, E] = e.size;
   const T* weight = e.down + block.expert * D * F;
   const auto row_at = [&](int64_t i) { return units(a + i * a_pitch); };
+  const int64_t num_rows = block.end - block.begin;
   for (int64_t d = 0; d < D; d += kColumns<S>) {
     const int64_t count = std::min(kColumns<S>, D - d);
     const T* sources[kColumns<S>] = {};
@@ -57,10 +65,14 @@ void down_block(const Experts<T, S>& e, RowBlock block, unit_t<S>* panel, const 
     const int64_t next = d + kColumns<S>, bytes = sizeof(T) * F;
     const Ahead ahead{weight + next * F, std::clamp<int64_t>(D - next, 0, kColumns<S>), bytes,
                       bytes};
-    sweep<S>(row_at, block.end - block.begin, 1, panel, steps_of<S>(F), ahead,
-             [&](int64_t i, const auto* sums) {
-               store_lanes<kColumns<S>>(sums, count, y + (block.begin + i) * D + d);
-             });
+    auto* target = y + block.begin * D + d;
+    const auto before = [&](int64_t i, int64_t part, int64_t parts) {
+      touch_rows(target, D, i, num_rows, count);
+      return ahead(i, part, parts);
+    };
+    sweep<S>(row_at, num_rows, 1, panel, steps_of<S>(F), before, [&](int64_t i, const auto* sums) {
+      round_lanes<S, kColumns<S>>(sums, count, target + i * D);
+    });
   }
 }
 
@@ -72,7 +84,7 @@ void run_forward(const Experts<T, S>& e, const Tensor& hidden, const Tensor& wei
   const int64_t shares = num_shares();
   const int64_t a_pitch = steps_of<S>(F) * Operand<S>::kDepth;
   Scratch<Wide> panels(hidden, shares, steps_of<S>(std::max(D, F)) * kColumns<S>);
-  Scratch<S> blocks(hidden, shares, kBlockRows * a_pitch);
+  Scratch<S> blocks(hidden, shares, kMostBlockRows * a_pitch);
   // wide: a token's sum is rounded once
   Scratch<Wide> rows_RD(hidden, 1, e.size.rows() * D);
   Wide* y = rows_RD.of(0);
@@ -80,7 +92,7 @@ void run_forward(const Experts<T, S>& e, const Tensor& hidden, const Tensor& wei
     unit_t<S>* panel = reinterpret_cast<unit_t<S>*>(panels.of(share));
     S* a = blocks.of(share);
     // the last pair of an odd row reads one element past F
-    if (a_pitch > F) std::fill_n(a, kBlockRows * a_pitch, S(0));
+    if (a_pitch > F) std::fill_n(a, kMostBlockRows * a_pitch, S(0));
     for_blocks(e.offsets, E, share, shares, kBlockRows, [&](RowBlock block) {
       up_block(e, block, panel, h, a, a_pitch);
       down_block(e, block, panel, a, a_pitch, y);

@@ -92,9 +92,9 @@ void weight_strips(const Experts<T, S>& e, const Gradient& g, int64_t expert, in
                  [&](int64_t r, const auto* sums) {
                    T* row = target + r * g.n + j;
                    if (streams && count == kColumns<S>) {
-                     stream_lanes<kColumns<S>>(sums, row);
+                     stream_lanes<S, kColumns<S>>(sums, row);
                    } else {
-                     store_lanes<kColumns<S>>(sums, count, row);
+                     round_lanes<S, kColumns<S>>(sums, count, row);
                    }
                  });
       }
