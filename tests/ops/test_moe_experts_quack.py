@@ -16,6 +16,7 @@ from deepfusion_kernels.catalog import CATALOG
 from deepfusion_kernels.ops.moe_experts import quack_impl, reference
 from tests.ops.moe_experts_inputs import make
 
+STEM = "moe_experts"
 GATES = {"swiglu": "silu", "geglu": "gelu_tanh"}
 
 
