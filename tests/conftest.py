@@ -25,6 +25,8 @@ HAS_GPU = torch.cuda.is_available()
 APART = {
     "fused_linear_kl": ("triton",),
     "moe_experts": ("triton", "torch", "quack"),
+    "view_aligned_attention": ("triton",),
+    "fused_linear_mse": ("triton",),
 }
 REAL_TEXT = Path(
     os.environ.get("DEEPFUSION_REAL_TEXT", Path(__file__).parents[2] / "shared" / "data")

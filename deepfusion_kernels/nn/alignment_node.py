@@ -63,7 +63,8 @@ def aligned_loss(
     y, qkv, lse = impl.attention_forward(x, qkv_weight, None, valid_BQ, num_heads, causal, scale)
     weight_N = valid_BQ.flatten().to(lse.dtype)
     needs = (needs_hidden, needs_head, needs_head_bias)
-    scale_SN = weight_N * lse.new_tensor(stage_weights)[:, None]
+    # not a tensor of the weights: its copy to a device would be waited for
+    scale_SN = torch.stack([weight_N * weight for weight in stage_weights])
     sse_SN, dy, dhead, dhead_bias = stage_errors(
         y.flatten(1, 2), head_weight, head_bias, targets, target_cuts, target_mask, scale_SN,
         target_norm, needs, backend,

@@ -85,7 +85,8 @@ def view_aligned_attention(
     parameters = (*weights, patch_embedding, stage_embedding)
     inputs = (list(student_stages), list(teacher_stages), *parameters)
     tables = (offsets, target_offsets, attention_mask, target_mask)
-    chosen = backends.choose(backend, student, IMPLS)
+    facts = {"head_size": patch_bias.shape[1] // num_heads, "stages": len(student_stages)}
+    chosen = backends.choose(backend, student, IMPLS, **facts)
     options = (num_heads, p, causal, target_norm)
     if return_features:
         return _with_features(*inputs, *tables, scales, *options, chosen)

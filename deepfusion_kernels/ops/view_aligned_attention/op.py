@@ -15,10 +15,10 @@ from ... import backends
 from ...checks import expect, expect_that
 from ..shared import patches
 from ..shared.gemm import product
-from . import native_impl, reference
+from . import native_impl, reference, triton_impl
 
 DOORS = ("multi_stage_attention",)
-IMPLS = {"reference": reference, "cpu": native_impl}
+IMPLS = {"reference": reference, "cpu": native_impl, "triton": triton_impl}
 OP = "multi_stage_attention"
 
 
@@ -53,7 +53,7 @@ def multi_stage_attention(
         num_heads,
         causal,
         default_scale(D, num_heads) if scale is None else scale,
-        backends.choose(backend, features, IMPLS),
+        backends.choose(backend, features, IMPLS, head_size=D // num_heads),
     )[0]
     return y_SBQD.transpose(0, 1)
 
