@@ -12,6 +12,7 @@ import pytest
 
 from deepfusion import cli
 from deepfusion.device.gather import gather as in_process
+from deepfusion.flower.launch import only_one
 from deepfusion.messages import TooFewUploads
 
 from .federation import ROOT, Federation, command, wait_for
@@ -217,7 +218,7 @@ def test_server_killed_in_each_stage_ends_in_the_same_mixture(
 
 
 def test_two_at_once(federation: Make) -> None:
-    """Two federations beside each other end well; a second server in one folder does not begin."""
+    """Two federations on one machine, each with a server, a port and a device of its own."""
     small = ("federation.num_devices=1", "federation.min_devices=1", "cluster.num_clusters=1")
     small = (*small, "devices.architectures=['gpt2']", "merge.top_k=1", "merge.segments=2")
     feds = [federation(*small) for _ in range(2)]
@@ -229,13 +230,15 @@ def test_two_at_once(federation: Make) -> None:
     for fed, work in zip(feds, works, strict=True):
         assert [folder.name for folder in fed.end(work)] == ["device-00"]
 
-    first = serve(feds[1], "first.out")
-    wait_for(lambda: (feds[1].server / "network" / "serving").exists(), 60, "it holds the folder")
-    second = serve(feds[1], "second.out")
-    codes = {first.wait(300), second.wait(300)}
-    texts = [(feds[1].folder / f"{one}.out").read_text() for one in ("first", "second")]
-    assert codes == {0, 1}, texts
-    assert any("another deepfusion process works in this run folder" in text for text in texts)
+
+def test_a_run_folder_in_use_is_one_sentence(federation: Make) -> None:
+    fed = federation()
+    with only_one(fed.server):
+        process = serve(fed, "second.out")
+        assert process.wait(300) == cli.FAILED
+    told = (fed.folder / "second.out").read_text()
+    assert "another deepfusion process works in this run folder" in told
+    assert "Traceback" not in told
 
 
 def test_a_port_that_is_taken_is_one_sentence(federation: Make) -> None:
