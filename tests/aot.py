@@ -5,6 +5,7 @@ the device functions that a kernel calls cannot be compiled.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +106,20 @@ def shipped_of(stem: str) -> tuple[Shipped, ...]:
     return kernels
 
 
+def _compiled(place: tuple[int, int]) -> dict[str, int]:
+    """One kernel of the stem on the command line, by its place, for one capability."""
+    index, capability = place
+    return compile_for(shipped_of(sys.argv[1])[index], capability)
+
+
 def main() -> None:
-    results = {
-        f"{shipped.name}-sm{capability}": compile_for(shipped, capability)
-        for shipped in shipped_of(sys.argv[1])
-        for capability in shipped.targets
-    }
-    print(json.dumps(results))
+    kernels = shipped_of(sys.argv[1])
+    places = [(i, capability) for i, one in enumerate(kernels) for capability in one.targets]
+    # forked: a kernel is not a thing that can be sent
+    with get_context("fork").Pool(os.cpu_count()) as pool:
+        found = pool.map(_compiled, places, chunksize=1)
+    names = [f"{kernels[index].name}-sm{capability}" for index, capability in places]
+    print(json.dumps(dict(zip(names, found, strict=True))))
 
 
 if __name__ == "__main__":
