@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.baselines import eager_view_aligned_attention
+from benchmarks.baselines_alignment import eager_view_aligned_attention
 from deepfusion.models import build, experts
 from deepfusion_kernels.nn import StageCollector
 

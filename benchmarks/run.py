@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from benchmarks import baselines, peers
+from benchmarks import baselines, baselines_alignment, peers
 from benchmarks.inputs import varied
 from deepfusion_kernels import __version__
 from deepfusion_kernels._triton import HAS_TRITON, triton
@@ -37,10 +37,11 @@ def door_of(name: str) -> str:
 
 
 def baselines_of(door: str, compiled: bool) -> dict[str, Callable[..., Any]]:
-    """The functions `<peer>_<door>` of baselines.py and peers.py; eager through torch.compile."""
+    """The functions `<peer>_<door>` of baselines*.py and peers.py; eager through torch.compile."""
+    known = vars(baselines) | vars(baselines_alignment) | vars(peers)
     found = {
         name.removesuffix(f"_{door}"): function
-        for name, function in (vars(baselines) | vars(peers)).items()
+        for name, function in known.items()
         if callable(function) and not name.startswith("_") and door_of(name) == door
     }
     if compiled and "eager" in found:

@@ -96,6 +96,16 @@ def plot(rows: Rows, path: Path) -> None:
     pyplot.close(figure)
 
 
+def earlier(found: dict[str, Any]) -> str:
+    """Cases that a later, partial run left as they were, with the commit they were measured at."""
+    old = {
+        f"{row['case']} at {row['commit']}": None
+        for row in found["rows"]
+        if row.get("commit", found["commit"]) != found["commit"]
+    }
+    return f"; kept from earlier runs: {', '.join(old)}" if old else ""
+
+
 def section(path: Path, page: Path) -> list[str]:
     """One results file as a section of the page, with its plot beside the page."""
     found = json.loads(path.read_text())
@@ -106,7 +116,7 @@ def section(path: Path, page: Path) -> list[str]:
         f"### {path.stem}",
         "",
         f"torch {found['torch']}, Python {found['python']}, {found['threads']} threads, "
-        f"commit {found['commit']}.",
+        f"commit {found['commit']}{earlier(found)}.",
         "",
         *table(found["rows"]),
         "",

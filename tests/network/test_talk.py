@@ -1,8 +1,6 @@
 """The server's half of the protocol against scripted devices: no process, no network."""
 
-import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,110 +9,20 @@ from flwr.app import Error, RecordDict
 
 from deepfusion.flower import records
 from deepfusion.flower.collection import (
-    Limits,
     SentFile,
-    Standing,
-    Wanted,
-    WantedDevice,
     announced,
     parcels,
 )
-from deepfusion.flower.server_app import Collector
-from deepfusion.flower.talk import Ask, Talk
 from deepfusion.messages import UploadRefused
 from deepfusion.wire.package import decode_embedding
 from tests.driver.uploads import DIMENSIONS, SHARD_BYTES, packed, rewrite
-
-NODE = 77
-
-
-def wanted(folder: Path, *, max_bytes: int = 1 << 20, deadline: float = 60.0) -> Wanted:
-    start = folder / "start"
-    start.write_bytes(b"the common start" * 400)
-    sha256 = hashlib.sha256(start.read_bytes()).hexdigest()
-    sent = (SentFile("starts/start.safetensors", str(start), 6400, sha256),)
-    base = json.loads((folder / "package" / "manifest.json").read_text())["base_revision"]
-    return Wanted(
-        run_folder=str(folder / "run"),
-        devices=(WantedDevice("device-00", NODE, "toy", sent),),
-        limits={"toy": Limits(base, max_bytes)},
-        config={"run": {}},
-        config_hash="0",
-        deadline_seconds=deadline,
-        shard_bytes=SHARD_BYTES,
-        embedding_bytes=DIMENSIONS + 4,
-        probe_seconds=60.0,
-    )
+from tests.network.scripted import Device, talk_to, wanted
 
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     packed(tmp_path / "package")
     return tmp_path / "package"
-
-
-class Reply:
-    """What a conversation reads of a message: one made outside a run of Flower cannot be."""
-
-    def __init__(self, said: RecordDict | Error) -> None:
-        self.content = self.error = said
-
-    def has_error(self) -> bool:
-        return isinstance(self.error, Error)
-
-
-class Device:
-    """Answers as a device does, from a package on disk; `faults` go first, by kind of message."""
-
-    def __init__(self, package: Path, **faults: list[Any]) -> None:
-        self.package = package
-        self.faults = faults
-        self.asked: list[str] = []
-        self.received = b""
-        self.verdict = ""
-
-    def answer(self, ask: Ask) -> Any:
-        content = records.pack(ask.facts, ask.pieces)
-        name = ask.kind.rpartition(".")[2]
-        facts = records.facts_of(content)
-        self.asked.append(f"{name} {facts['index']}" if name == "shard" else name)
-        self.received += b"".join(records.pieces_of(content))
-        if self.faults.get(name):
-            return Reply(self.faults[name].pop(0))
-        content = getattr(self, name)(facts)
-        # a method may put a fault in the place of what it was about to say
-        return Reply(self.faults[name].pop(0) if self.faults.get(name) else content)
-
-    def hello(self, facts: dict[str, Any]) -> RecordDict:
-        said = {"protocol": 1, "device": "device-00", "held": [], "begun": {}, "versions": {}}
-        return records.pack(said)
-
-    def base(self, facts: dict[str, Any]) -> RecordDict:
-        return records.pack({})
-
-    def train(self, facts: dict[str, Any]) -> RecordDict:
-        text = (self.package / "manifest.json").read_text()
-        return records.pack({"manifest": text}, [(self.package / "embedding.bin").read_bytes()])
-
-    def shard(self, facts: dict[str, Any]) -> RecordDict:
-        names = sorted(path.name for path in self.package.glob("*.safetensors"))
-        return records.pack({}, records.read_pieces(self.package / names[facts["index"]]))
-
-    def close(self, facts: dict[str, Any]) -> RecordDict:
-        self.verdict = facts["verdict"]
-        return records.pack({})
-
-
-def talk_to(device: Device, what: Wanted) -> Standing:
-    standing = Standing()
-    talk = Talk(what.devices[0], what, standing)
-    while talk.is_idle:
-        ask = talk.begin()
-        while ask is not None:
-            ask = talk.take(device.answer(ask))
-        if standing.status == "unavailable" and standing.retries > 5:
-            break
-    return standing
 
 
 def same_bytes(one: Path, other: Path) -> bool:
@@ -287,61 +195,3 @@ def test_parcels_begin_where_the_device_stands() -> None:
     assert parcels(sent, ["A", "B", "C"], {}, 5) == [[]]
     # whole but not renamed: one byte more, and with it the check
     assert parcels(sent[:1], [], {"A": 10}, 5)[0][0]["offset"] == 9
-
-
-class Grid:
-    """Flower's grid with one scripted node; `online` says whether it is there at a poll."""
-
-    def __init__(self, device: Device, online: Iterator[bool]) -> None:
-        self.device = device
-        self.online = online
-        self.replies: dict[str, Any] = {}
-
-    def get_node_ids(self) -> list[int]:
-        return [NODE] if next(self.online) else []
-
-    def push_messages(self, messages: list[Any]) -> list[str]:
-        (message,) = messages
-        content, node, kind = message
-        assert node == NODE
-        ask = Ask(kind, records.facts_of(content), records.pieces_of(content))
-        name = str(len(self.replies))
-        self.replies[name] = self.device.answer(ask)
-        return [name]
-
-    def pull_messages(self, names: list[str]) -> list[Any]:
-        return [self.replies[name] for name in names]
-
-
-def test_the_deadline_names_who_was_never_seen(
-    tmp_path: Path, package: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("deepfusion.flower.server_app.POLL_SECONDS", 0.01)
-    monkeypatch.setattr("deepfusion.flower.server_app.Message", lambda *given, ttl: given)
-
-    def never() -> Iterator[bool]:
-        while True:
-            yield False
-
-    collector = Collector(Grid(Device(package), never()), wanted(tmp_path, deadline=0.2))  # type: ignore[arg-type]
-    collector.run()
-    found = json.loads((tmp_path / "run" / "collection.json").read_text())["device-00"]
-    assert (found["status"], found["reason"]) == ("unavailable", "never seen")
-
-
-def test_the_loop_ends_when_all_are_done(
-    tmp_path: Path, package: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("deepfusion.flower.server_app.POLL_SECONDS", 0.01)
-    monkeypatch.setattr("deepfusion.flower.server_app.Message", lambda *given, ttl: given)
-
-    def later() -> Iterator[bool]:
-        yield False
-        while True:
-            yield True
-
-    collector = Collector(Grid(Device(package), later()), wanted(tmp_path))  # type: ignore[arg-type]
-    collector.run()
-    assert collector.left() > 0
-    assert collector.standings["device-00"].status == "done"
-    assert collector.standings["device-00"].node == str(NODE)

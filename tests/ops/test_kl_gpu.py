@@ -14,6 +14,7 @@ from deepfusion_kernels import (
     topk_logprobs,
 )
 from tests.conftest import why_not
+from tests.ops.captured_graph import assert_a_captured_graph_follows
 
 # `make gpu OPS=...` runs the file for each of them
 STEMS = ("kl_distillation", "fused_linear_kl", "topk_kl")
@@ -106,21 +107,12 @@ def test_no_call_waits_for_the_device(make: Any, chosen: str, divergence: str) -
 def test_a_captured_graph_follows_its_inputs(make: Any, chosen: str) -> None:
     skip_unless(chosen)
     inputs, call = make(40, 5000, "jsd", chosen)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call()
-    with torch.no_grad():
+
+    def change_inputs() -> None:
         for tensor in inputs:
             tensor.copy_(torch.randn_like(tensor))
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(one, other) for one, other in zip(captured, call(), strict=True))
+
+    assert_a_captured_graph_follows(call, change_inputs)
 
 
 @pytest.mark.parametrize("chosen", ["triton", "cuda"])

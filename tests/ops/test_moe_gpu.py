@@ -19,6 +19,7 @@ from deepfusion_kernels.ops.moe_experts.triton_tiles import (
     target,
     using,
 )
+from tests.ops.captured_graph import assert_a_captured_graph_follows
 from tests.ops.moe_experts_inputs import ACTIVATIONS, NAMES, compare, make, run
 
 # `make gpu OPS=...` runs the file for it
@@ -118,22 +119,13 @@ def test_no_call_waits_for_the_device(T: int) -> None:
 def test_a_captured_graph_follows_its_inputs(T: int) -> None:
     """Also the ids: the replay routes anew."""
     inputs, call = calls("triton", T)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call()
-    with torch.no_grad():
+
+    def change_inputs() -> None:
         for tensor in inputs.values():
             fresh = torch.randint_like(tensor, 0, 8) if tensor.dtype == torch.int64 else None
             tensor.copy_(torch.randn_like(tensor) if fresh is None else fresh)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(one, other) for one, other in zip(captured, call(), strict=True))
+
+    assert_a_captured_graph_follows(call, change_inputs)
 
 
 def test_offsets_past_two_to_the_31() -> None:

@@ -14,6 +14,7 @@ from torch.autograd import DeviceType
 from deepfusion_kernels import moe_combine, moe_dispatch, moe_plan, moe_route
 from tests.budget import assert_within_budget
 from tests.conftest import why_not
+from tests.ops.captured_graph import assert_a_captured_graph_follows
 from tests.ops.routing_spelling import LOSSES, MODES, name_of, route, with_groups
 
 # `make gpu OPS=...` runs the file for each of them
@@ -79,21 +80,12 @@ def test_no_call_waits_for_the_device(size: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("size", SIZES, ids=("one-block", "blocks"))
 def test_a_captured_graph_follows_its_inputs(size: tuple[int, ...]) -> None:
     inputs, call = whole(*size)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call()
-    with torch.no_grad():
+
+    def change_inputs() -> None:
         for tensor in inputs:
             tensor.copy_(torch.randn_like(tensor))
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(one, other) for one, other in zip(captured, call(), strict=True))
+
+    assert_a_captured_graph_follows(call, change_inputs)
 
 
 def launches(call: Callable[[], Any]) -> list[str]:

@@ -13,6 +13,7 @@ from deepfusion_kernels.ops.view_aligned_attention import triton_attention
 from tests.budget import UNIT, assert_within_budget
 from tests.nn.alignment_spelling import draw, feature_loss
 from tests.nn.alignment_variants import PARAMETERS, VARIANTS, arguments
+from tests.ops.captured_graph import assert_a_captured_graph_follows
 
 # `make gpu OPS=...` runs the file for each of them
 STEMS = ("view_aligned_attention", "fused_linear_mse")
@@ -134,21 +135,12 @@ def test_no_call_waits_for_the_device(variant: str) -> None:
 @pytest.mark.parametrize("variant", ["conv-causal-left", "pool", "offsets-mask"])
 def test_a_captured_graph_follows_its_inputs(variant: str) -> None:
     given, call = joined(variant, torch.bfloat16)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call()
-    with torch.no_grad():
+
+    def change_inputs() -> None:
         for tensor in (*given["student_stages"], *given["teacher_stages"], given["qkv_weight"]):
             tensor.copy_(torch.randn_like(tensor) * 0.3)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(one, other) for one, other in zip(captured, call(), strict=True))
+
+    assert_a_captured_graph_follows(call, change_inputs)
 
 
 def test_bad_offsets_are_mended_and_nothing_outside_is_read() -> None:

@@ -140,12 +140,16 @@ def _backward(
     needs_ddown: bool,
     needs_dweights: bool,
 ) -> list[Tensor]:
+    needs = (needs_dhidden, needs_dgate_up, needs_ddown, needs_dweights)
+    if experts.shape[0] == 0:
+        inputs = (hidden, gate_up_proj, down_proj, weights)
+        return [torch.zeros_like(each) for each, need in zip(inputs, needs, strict=True) if need]
     with torch.autocast(hidden.device.type, enabled=False):
         grads = IMPLS[backend].backward(
             dout,
             *(hidden, gate_up_proj, down_proj, experts, weights, h, order, slots, offsets),
             activation,
-            (needs_dhidden, needs_dgate_up, needs_ddown, needs_dweights),
+            needs,
         )
     return list(grads)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..shared import moe_plan
+from .combine import combine
 
 # ours -> quack's; its geglu is the tanh form
 ACTIVATIONS = {"silu": "swiglu", "gelu_tanh": "geglu"}
@@ -48,17 +49,6 @@ def _rows_of(K: int, order: Tensor) -> tuple[Tensor, Tensor]:
     return slot_R, slot_R // K
 
 
-def _combine(rows: Tensor, slots: Tensor, weights: Tensor | None) -> Tensor:
-    """Each token's rows, weighted if weights are given, in float32, k ascending."""
-    total_TD = torch.zeros(slots.shape[0], rows.shape[1], device=rows.device)
-    for k in range(slots.shape[1]):
-        y_TD = rows[slots[:, k].clamp(min=0)].float()
-        y_TD = y_TD if weights is None else y_TD * weights[:, k, None].float()
-        # where, not a zero weight: rows past the last expert's hold anything
-        total_TD += torch.where(slots[:, k, None] >= 0, y_TD, 0)
-    return total_TD.to(rows.dtype)
-
-
 def forward(
     hidden: Tensor,
     gate_up_proj: Tensor,
@@ -79,7 +69,7 @@ def forward(
         A_idx=token_R, concat_layout=("B",), **of_rows,
     )  # fmt: skip
     y = quack.gemm(a, down_proj.contiguous().mT, **of_rows)
-    return _combine(y, plan.slots, weights), h, *plan
+    return combine(y, plan.slots, weights), h, *plan
 
 
 def backward(
@@ -97,9 +87,6 @@ def backward(
     needs: tuple[bool, bool, bool, bool],
 ) -> list[Tensor]:
     """The wanted ones of dhidden, dgate_up_proj, ddown_proj, dweights."""
-    inputs = (hidden, gate_up_proj, down_proj, weights)
-    if experts.shape[0] == 0:
-        return [torch.zeros_like(each) for each, need in zip(inputs, needs, strict=True) if need]
     quack = import_module("quack.gemm_interface")
     slot_R, token_R = _rows_of(experts.shape[1], order)
     dout, grads = dout.contiguous(), []
@@ -112,7 +99,7 @@ def backward(
     )  # fmt: skip
     if needs[0]:
         dx = quack.gemm(dh, gate_up_proj.contiguous(), concat_layout=("B",), **of_rows)
-        grads.append(_combine(dx, slots, None))
+        grads.append(combine(dx, slots, None))
     if needs[1]:
         # quack gathers its left factor alone
         x = hidden[token_R]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..shared import moe_plan
+from .combine import combine
 from .reference import activate
 
 ROW_BYTES = 16
@@ -68,17 +69,6 @@ class _Grouped:
         product = functional.grouped_mm(_padded(left).T, _padded(right), offs=self.offsets)
         return product[:, :M, :N].masked_fill(self.is_empty_E11, 0).contiguous()
 
-    def combine(self, rows: Tensor, slots: Tensor, weights: Tensor | None) -> Tensor:
-        """Each token's rows, weighted if weights are given, summed in float32, k ascending."""
-        T, K = slots.shape
-        total_TD = torch.zeros(T, rows.shape[1], dtype=torch.float32, device=rows.device)
-        for k in range(K):
-            slot_T1 = slots[:, k, None]
-            y_TD = rows[slots[:, k].clamp(min=0)].float()
-            y_TD = y_TD if weights is None else y_TD * weights[:, k, None].float()
-            total_TD += torch.where(slot_T1 >= 0, y_TD, 0)
-        return total_TD.to(rows.dtype)
-
 
 def forward(
     hidden: Tensor,
@@ -97,7 +87,7 @@ def forward(
     gate, up = h.float().chunk(2, 1)
     a = (activate(gate, activation)[0] * up).to(h.dtype)
     y = grouped.rows(a, down_proj)
-    return grouped.combine(y, plan.slots, weights), h, *plan
+    return combine(y, plan.slots, weights), h, *plan
 
 
 def backward(
@@ -115,9 +105,6 @@ def backward(
     needs: tuple[bool, bool, bool, bool],
 ) -> list[Tensor]:
     """The wanted ones of dhidden, dgate_up_proj, ddown_proj, dweights."""
-    inputs = (hidden, gate_up_proj, down_proj, weights)
-    if experts.shape[0] == 0:
-        return [torch.zeros_like(each) for each, need in zip(inputs, needs, strict=True) if need]
     needs_dhidden, needs_dgate_up, needs_ddown, needs_dweights = needs
     grouped, grads = _Grouped(experts.shape[1], order, offsets), []
     rows, weight_R = grouped.gather(dout), weights.flatten()[order.clamp(min=0)].float()
@@ -131,7 +118,7 @@ def backward(
         da = weight_R1 * product
         dh = torch.cat([da * up * slope, da * value], 1).to(h.dtype)
     if needs_dhidden:
-        grads.append(grouped.combine(grouped.backwards(dh, gate_up_proj), slots, None))
+        grads.append(combine(grouped.backwards(dh, gate_up_proj), slots, None))
     if needs_dgate_up:
         grads.append(grouped.dweight(dh, grouped.gather(hidden)))
     if needs_ddown:
