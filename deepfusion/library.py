@@ -106,4 +106,5 @@ class Library:
             config.merge,
             config.run.seed,
             RouterText(sequences.ids, nearness_SK),
+            config.run.kernels,
         )

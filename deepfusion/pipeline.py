@@ -208,7 +208,14 @@ def _merge_and_tune(
         states = [load_state(here.folder / library.student(one.index))[0] for one in clusters]
         config_of_base = library.saved("base").config
         router_text = RouterText(text.sequences.ids, nearness_SK)
-        moe: Any = merge(states, config_of_base, config.merge, config.run.seed, router_text)
+        moe: Any = merge(
+            states,
+            config_of_base,
+            config.merge,
+            config.run.seed,
+            router_text,
+            config.run.kernels,
+        )
         save_model(here.folder / "merged", moe)
 
     def tuned() -> None:

@@ -30,6 +30,7 @@ def merge(
     config: MergeConfig,
     seed: int,
     text: RouterText | None = None,
+    kernels: str = "auto",
 ) -> nn.Module:
     """The mixture whose expert i is the FFN of bases[i]; equal bases give the base's own function.
 
@@ -63,7 +64,7 @@ def merge(
     left = sorted(set(bases[0]) - used)
     if left:
         raise ValueError(f"merge: tensor {left[0]!r} of the bases has no place in {config.target}")
-    init_routers(moe, config, num_domains, seed, text)
+    init_routers(moe, config, num_domains, seed, text, kernels)
     return moe.eval()
 
 

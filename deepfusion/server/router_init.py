@@ -23,6 +23,7 @@ from .. import seeding
 from ..config_tables import MergeConfig
 from ..models import build, experts
 from .affinity import most_own
+from .fused import fused_experts
 from .kmeans import unit
 from .router import RouterTap
 
@@ -40,7 +41,12 @@ class RouterText:
 
 
 def init_routers(
-    moe: nn.Module, config: MergeConfig, num_domains: int, seed: int, text: RouterText | None
+    moe: nn.Module,
+    config: MergeConfig,
+    num_domains: int,
+    seed: int,
+    text: RouterText | None,
+    kernels: str = "auto",
 ) -> None:
     """Fills every router's weight [K m, D] as merge.router_init says. Raises ValueError without
     its text."""
@@ -56,7 +62,7 @@ def init_routers(
                 "merge.router_init = 'centroids' needs public text with affinities to "
                 f"{num_domains} domains"
             )
-        _centroids(moe, config.segments, text)
+        _centroids(moe, config.segments, text, kernels)
     else:
         raise ValueError(
             f"merge.router_init must be 'normal' or 'centroids', got {config.router_init!r}"
@@ -69,45 +75,62 @@ def _fill(weight_ED: Tensor, rows_KD: Tensor, segments: int) -> None:
 
 
 @torch.no_grad()
-def _centroids(moe: nn.Module, segments: int, text: RouterText) -> None:
+def _centroids(moe: nn.Module, segments: int, text: RouterText, kernels: str) -> None:
     picks = most_own(text.affinity, SEQUENCES_PER_DOMAIN)
-    with _uniform_routing(moe):
-        means_LKD = torch.stack(
-            [torch.stack([h.mean(dim=0) for h in _inputs(moe, text.ids[pick])]) for pick in picks],
-            dim=1,
-        )
-        overall_LD = means_LKD.mean(dim=1)
-        rows_LKD = means_LKD - overall_LD[:, None]
-        along_LD = unit(overall_LD)
-        rows_LKD -= (rows_LKD @ along_LD[:, :, None]) * along_LD[:, None]
-        # equal domains leave rounding errors, not directions: rows of zero route evenly
-        apart = rows_LKD.norm(dim=2, keepdim=True) > 1e-5 * means_LKD.norm(dim=2, keepdim=True)
-        rows_LKD = torch.where(apart, unit(rows_LKD), 0.0)
-        # second pass for the variance: all hidden states at once would not fit for a large base
-        squares_L, sums_LK, tokens = torch.zeros(()), torch.zeros(()), 0
-        for pick in picks:
-            z_LTK = torch.stack(
-                [h @ rows.T for h, rows in zip(_inputs(moe, text.ids[pick]), rows_LKD, strict=True)]
-            )
-            squares_L = squares_L + z_LTK.double().square().sum(dim=(1, 2))
-            sums_LK = sums_LK + z_LTK.double().sum(dim=1)
-            tokens += z_LTK.shape[1]
-    num_domains = rows_LKD.shape[1]
-    variance_L = squares_L / (tokens * num_domains) - (sums_LK / tokens).square().mean(dim=1)
-    gamma_L = torch.where(variance_L > 0, variance_L.clamp(min=1e-30).rsqrt(), 0.0)
+    # running sums: all hidden states at once would not fit for a large base
+    with _uniform_routing(moe), fused_experts(moe, kernels):
+        domains = [_moments(moe, text.ids[pick]) for pick in picks]
+    means_LKD = torch.stack([one.sum_LD / one.tokens for one in domains], dim=1)
+    overall_LD = means_LKD.mean(dim=1)
+    rows_LKD = means_LKD - overall_LD[:, None]
+    along_LD = unit(overall_LD)
+    rows_LKD -= (rows_LKD @ along_LD[:, :, None]) * along_LD[:, None]
+    # equal domains leave rounding errors, not directions: rows of zero route evenly
+    apart = rows_LKD.norm(dim=2, keepdim=True) > 1e-5 * means_LKD.norm(dim=2, keepdim=True)
+    rows_LKD = torch.where(apart, unit(rows_LKD), 0.0)
+    gamma_L = _gain(rows_LKD, domains)
     for router, rows_KD, gamma in zip(experts.routers(moe), rows_LKD, gamma_L, strict=True):
         _fill(router.get_parameter("weight"), rows_KD * float(gamma), segments)
 
 
-def _inputs(moe: nn.Module, ids_SL: Tensor, batch_size: int = 16) -> Sequence[Tensor]:
-    """What every router reads on this text: [tokens, D] float32, layer by layer."""
-    batches: list[list[Tensor]] = []
+@dataclass(frozen=True)
+class _Moments:
+    """Sums over the tokens of one domain: h [L, D] and h h^T [L, D, D], in float64."""
+
+    tokens: int
+    sum_LD: Tensor
+    square_LDD: Tensor
+
+
+def _moments(moe: nn.Module, ids_SL: Tensor, batch_size: int = 16) -> _Moments:
+    """Of what every router reads on this text."""
+    layers = len(experts.routers(moe))
+    sum_L: list[Tensor | float] = [0.0] * layers
+    square_L: list[Tensor | float] = [0.0] * layers
     with RouterTap(moe, inputs=True) as tap:
         for ids_BL in torch.split(ids_SL, batch_size):
             tap.clear()
             build.backbone(moe)(ids_BL, use_cache=False)
-            batches.append([h.float() for h in tap.inputs])
-    return [torch.cat(layer) for layer in zip(*batches, strict=True)]
+            for layer, h in enumerate(tap.inputs):
+                h_TD = h.float()
+                sum_L[layer] = sum_L[layer] + h_TD.double().sum(dim=0)
+                square_L[layer] = square_L[layer] + (h_TD.T @ h_TD).double()
+    return _Moments(ids_SL.numel(), _stacked(sum_L), _stacked(square_L))
+
+
+def _stacked(parts: Sequence[Tensor | float]) -> Tensor:
+    return torch.stack([torch.as_tensor(one) for one in parts])
+
+
+def _gain(rows_LKD: Tensor, domains: Sequence[_Moments]) -> Tensor:
+    """gamma [L]: over all tokens, the variance of the logits is 1 on the mean of the rows."""
+    tokens = sum(one.tokens for one in domains)
+    mean_LD = torch.stack([one.sum_LD for one in domains]).sum(dim=0) / tokens
+    square_LDD = torch.stack([one.square_LDD for one in domains]).sum(dim=0) / tokens
+    squares_LK = ((rows_LKD @ square_LDD) * rows_LKD).sum(dim=2)
+    means_LK = (rows_LKD @ mean_LD[:, :, None])[:, :, 0]
+    variance_L = (squares_LK - means_LK.square()).mean(dim=1)
+    return torch.where(variance_L > 0, variance_L.clamp(min=1e-30).rsqrt(), 0.0)
 
 
 @contextmanager
