@@ -58,8 +58,9 @@ build: .stamps/build
 	mkdir -p .stamps build
 	touch $@
 
+# Python compiles what is imported, a tenth of what is installed.
 .stamps/demo: .stamps/venv requirements/build.txt requirements/demo.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/demo.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -r requirements/demo.txt
 	touch $@
 
 .stamps/test: .stamps/demo requirements/test.txt
@@ -67,9 +68,11 @@ build: .stamps/build
 	touch $@
 
 .stamps/build: CUDA := AUTO
+# the demo's own build: for this processor and no other, in a third of the time
 .stamps/build-cpu: CUDA := OFF
+.stamps/build-cpu: LEVELS := native
 .stamps/build .stamps/build-cpu: .stamps/demo $(NATIVE)
-	PATH="$(CURDIR)/$(BIN):$$PATH" MAX_JOBS=$(JOBS) CMAKE_ARGS="-DDF_WITH_CUDA=$(CUDA) $(CMAKE_ARGS)" \
+	PATH="$(CURDIR)/$(BIN):$$PATH" MAX_JOBS=$(JOBS) CMAKE_ARGS="-DDF_WITH_CUDA=$(CUDA) -DDF_LEVELS=$(LEVELS) $(CMAKE_ARGS)" \
 	  $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 

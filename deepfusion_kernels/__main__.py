@@ -24,7 +24,7 @@ def build_lines() -> list[str]:
         f"torch       {torch.__version__}",
         triton_line,
     ]
-    if not _native.HAS_CPU:
+    if not _native.BUILD:
         return [*lines, "native      not built: no C++ compiler was found at installation"]
     build = _native.BUILD
     here, archs = build["cpu_level_here"], build["cuda_archs"] or "not built: no nvcc was found"

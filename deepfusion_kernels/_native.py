@@ -16,5 +16,6 @@ else:
     torch.ops.load_library(str(Path(__file__).with_name("_ops.so")))  # type: ignore[no-untyped-call]
     BUILD = dict(_C.build_info())
 
-HAS_CPU = bool(BUILD)
+# a build for one processor has nothing for a lesser one
+HAS_CPU = BUILD.get("cpu_level_here", "none") in BUILD.get("cpu_levels", "").split(",")
 HAS_CUDA = bool(BUILD.get("cuda_archs"))

@@ -38,8 +38,11 @@ def declines(
     device = tensor.device.type
     reason = None
     if name == "cpu":
-        if not _native.HAS_CPU:
+        if not _native.BUILD:
             reason = "built without a C++ compiler; install one and build again"
+        elif not _native.HAS_CPU:
+            built, here = _native.BUILD["cpu_levels"], _native.BUILD["cpu_level_here"]
+            reason = f"built for {built}, this processor is {here}; build again here"
         elif device != "cpu":
             reason = f"needs CPU tensors, got {device}"
     elif name == "cuda":

@@ -93,7 +93,8 @@ def test_source_distribution_can_be_built_from(
     "gpu, built, cuda", [("", "", "OFF"), ("/dev/nvidiactl", "", "AUTO"), ("", "build", "AUTO")]
 )
 def test_demo_compiles_cuda_only_for_a_gpu(tmp_path: Path, gpu: str, built: str, cuda: str) -> None:
-    """Without one CUDA is left out, unless the tree was built whole before."""
+    """Without one CUDA and other processors are left out, unless the tree was built whole
+    before."""
     (tmp_path / "Makefile").write_bytes((ROOT / "Makefile").read_bytes())
     for name in ("csrc", "requirements", "CMakeLists.txt", "setup.py", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -110,4 +111,4 @@ def test_demo_compiles_cuda_only_for_a_gpu(tmp_path: Path, gpu: str, built: str,
         env={**os.environ, "MAKEFLAGS": ""},
     ).stdout
     assert planned.count("-DDF_WITH_CUDA=") == 1
-    assert f"-DDF_WITH_CUDA={cuda}" in planned
+    assert f"-DDF_WITH_CUDA={cuda} -DDF_LEVELS={'native' if cuda == 'OFF' else ''} " in planned

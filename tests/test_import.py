@@ -69,6 +69,29 @@ def test_unknown_preference_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         backends.choose(None, torch.empty(1), impls)
 
 
+def test_a_build_for_a_better_processor_is_not_taken() -> None:
+    """As DF_LEVELS=native leaves it when the folder moves to an older machine."""
+    pytest.importorskip("deepfusion_kernels._C")
+    code = """
+import torch
+from deepfusion_kernels import _C, kl_distillation
+real = _C.build_info()
+_C.build_info = lambda: {**real, "cpu_levels": "sve", "cpu_level_here": "baseline"}
+import importlib
+from deepfusion_kernels import _native, backends
+importlib.reload(_native)
+logits = torch.randn(2, 3)
+print(kl_distillation(logits, logits).item())
+try:
+    kl_distillation(logits, logits, backend="cpu")
+except NotImplementedError as error:
+    print(error)
+"""
+    zero, refusal = run(code).splitlines()
+    assert float(zero) == pytest.approx(0, abs=1e-6)
+    assert "built for sve, this processor is baseline; build again here" in refusal
+
+
 def test_main_names_every_op_and_backend() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "deepfusion_kernels"], capture_output=True, text=True, cwd=ROOT

@@ -31,6 +31,10 @@ inline bool runs_avx2() {
 #endif
 }
 
+inline const char* best_level() {
+  return runs_avx512() ? "avx512" : runs_avx2() ? "avx2" : "baseline";
+}
+
 inline bool level_is_best() {
 #if defined(DF_LEVEL_avx512)
   return runs_avx512();
