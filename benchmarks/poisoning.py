@@ -1,4 +1,4 @@
-"""`python benchmarks/poisoning.py FILE --work DIR`: one poisoned device, with and without defence.
+"""`python benchmarks/poisoning.py FILE --work DIR`: poisoned devices, with and without defence.
 
 Trains the honest devices once (or takes them from `--honest RUN`), then runs the server again for
 every attack and defence, and prints a table: the mixture's perplexity on validation text against
@@ -43,13 +43,9 @@ from deepfusion.wire.package import MANIFEST, decode_embedding, read_state, writ
 ATTACKS = ("none", "missing", "scaled", "flip", "backdoor")
 DEFENCES: dict[str, tuple[str, ...]] = {
     "off": ("quarantine.action=report",),
-    "robust": ("quarantine.action=report", "cluster.robust=median"),
-    "on": ("quarantine.action=exclude", "cluster.robust=median"),
-    "agreement": (
-        "quarantine.action=exclude",
-        "cluster.robust=median",
-        "tune.agreement=true",
-    ),
+    "on": ("quarantine.action=exclude", "cluster.robust=clip"),
+    "median": ("quarantine.action=exclude", "cluster.robust=median"),
+    "agreement": ("quarantine.action=exclude", "cluster.robust=clip", "tune.agreement=true"),
 }
 SCALE = 10.0
 TRIGGER, CONTINUATION = "cobalt lantern", " hands over the keys to the tower"
@@ -59,10 +55,10 @@ SHARED = ("base", "starts", "tokenizer")
 
 @dataclass(frozen=True)
 class Attack:
-    """One device's upload replaced; `name` is one of ATTACKS."""
+    """Some devices' uploads replaced; `name` is one of ATTACKS; devices: names joined by +."""
 
     name: str
-    device: str
+    devices: str
     honest: Path
 
     def gather(self, jobs: Sequence[DeviceJob], workers: int) -> list[Path]:
@@ -70,9 +66,10 @@ class Attack:
         if self.name == "none" and not (self.honest / "uploads").is_dir():
             return gather(jobs, workers)
         for job in jobs:
-            if job.upload.exists() or (self.name == "missing" and job.device == self.device):
+            is_liar = job.device in self.devices.split("+")
+            if job.upload.exists() or (self.name == "missing" and is_liar):
                 continue
-            if job.device == self.device and self.name != "none":
+            if is_liar and self.name != "none":
                 known = [one for one in self._poisoned_before(job) if one.is_dir()]
                 if known:
                     shutil.copytree(known[0], job.upload)
@@ -87,8 +84,8 @@ class Attack:
 
     def _poisoned_before(self, job: DeviceJob) -> list[Path]:
         """The same upload of a row with another defence."""
-        rows = sorted(job.run_folder.parent.glob(f"{self.name}-*-{self.device}"))
-        return [row / "uploads" / self.device for row in rows if row != job.run_folder]
+        rows = sorted(job.run_folder.parent.glob(f"{self.name}-*-*{job.device}*"))
+        return [row / "uploads" / job.device for row in rows if row != job.run_folder]
 
     def _poison(self, job: DeviceJob) -> None:
         trained = self._scaled(job) if self.name == "scaled" else self._retrained(job)
@@ -241,9 +238,11 @@ def one_run(options: argparse.Namespace, attack: str, defence: str) -> None:
         "nll": moe["nll"],
         "domains": {name: one["nll"] for name, one in moe["domains"].items()},
         "out": scores["out"] if scores["action"] == "exclude" else [],
-        "past": scores["past"].get(options.device, []),
+        "past": {d: scores["past"].get(d, []) for d in options.device.split("+")},
         "refused": sorted(json.loads((folder / "uploads.json").read_text())["refused"]),
-        "backdoor": backdoor_rates(config, options.device) if attack == "backdoor" else {},
+        "backdoor": backdoor_rates(config, options.device.split("+")[0])
+        if attack == "backdoor"
+        else {},
     }
     kept.write_text(json.dumps(facts, indent=1))
 
@@ -282,7 +281,7 @@ def main() -> None:
     parser.add_argument("file", help="configuration of the run")
     parser.add_argument("--work", required=True, help="folder of all runs; resumed")
     parser.add_argument("--honest", default="", help="run folder that lends base and devices")
-    parser.add_argument("--device", default="device-04", help="who is poisoned")
+    parser.add_argument("--device", default="device-04", help="who is poisoned; two: joined by +")
     parser.add_argument("--rows", nargs="+", default=[], help="such as flip-off; default: all")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     options = parser.parse_args()

@@ -4,20 +4,21 @@ evaluation.json  scores of every model, fact recall, expert load
 metrics.jsonl    losses by term, seconds and memory of every stage
 ledger.json      bytes and named baselines
 audit.jsonl      verdicts of the gate
+collection.json  how far every device came, over a network
 """
 
 from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import files, plots
 from .report_privacy import exposure_table, privacy_text
-from .report_trust import quarantine_table, robust_sentence
+from .report_trust import quarantine_table, robust_sentence, standings_table
 from .wire.audit import verify
 
 Table = list[list[str]]
@@ -171,14 +172,8 @@ def _clusters(run_folder: Path) -> list[Section]:
     return [Section("Clusters", f"{said}.{robust}" if said else robust.strip(), rows)]
 
 
-def _quarantine(run_folder: Path) -> list[Section]:
-    facts = _json(run_folder / "quarantine.json")
-    return [Section("Quarantine", *quarantine_table(facts))] if facts else []
-
-
-def _canaries(run_folder: Path) -> list[Section]:
-    facts = _json(run_folder / "canaries.json")
-    return [Section("Planted secrets", *exposure_table(facts))] if facts else []
+def _told(title: str, facts: Any, told: Callable[[Any], tuple[str, Table]]) -> list[Section]:
+    return [Section(title, *told(facts))] if facts else []
 
 
 def _costs(records: Sequence[Mapping[str, Any]]) -> list[Section]:
@@ -225,11 +220,12 @@ def sections(run_folder: Path) -> tuple[str, list[Section]]:
         curves,
         *_communication(ledger),
         *_devices(run_folder, ledger),
-        *_quarantine(run_folder),
+        *_told("Collection", _json(run_folder / "collection.json"), standings_table),
+        *_told("Quarantine", _json(run_folder / "quarantine.json"), quarantine_table),
         *_clusters(run_folder),
         *_costs(records),
         privacy,
-        *_canaries(run_folder),
+        *_told("Planted secrets", _json(run_folder / "canaries.json"), exposure_table),
         checked,
         setting,
     ]

@@ -1,15 +1,33 @@
 """The report's part on trust: how every upload did on public text, and what clusters did about it.
 
+collection.json   how far every device came that was asked over a network
 quarantine.json   scores by upload and domain, medians, who is past the bound, who was left out
 clusters.json     the average that every cluster really got
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 Table = list[list[str]]
+
+
+def standings_table(facts: Mapping[str, Mapping[str, Any]]) -> tuple[str, Table]:
+    """A sentence and a row a device that the last collection asked: also who was late or absent."""
+    table = [["device", "standing", "why", "seconds", "tries again", "up", "down", "wasted"]]
+    for device, one in sorted(facts.items()):
+        counts = [f"{one[f'bytes_{way}']:,}" for way in ("up", "down", "wasted")]
+        times = [f"{one['seconds']:.1f}", str(one["retries"])]
+        table.append([device, one["status"], one["reason"] or "-", *times, *counts])
+    number = Counter(str(one["status"]) for one in facts.values())
+    said = ", ".join(f"{count} {status}" for status, count in sorted(number.items()))
+    text = (
+        f"How far every device came that the last collection asked: {said}. Whose upload had come "
+        "in before was not asked again. Seconds to the last answer; bytes over the network."
+    )
+    return text, table
 
 
 def quarantine_table(facts: Mapping[str, Any]) -> tuple[str, Table]:

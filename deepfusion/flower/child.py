@@ -14,15 +14,21 @@ import time
 from .door import behind_the_door
 
 CHECK_SECONDS = 0.5
+LEAVE_SECONDS = 15.0
+# how much a node may send for one message
+REPLY_BYTES = "DEEPFUSION_REPLY_BYTES"
 
 
 def end_with(parent: int) -> None:
-    """Ctrl-C to this process once its parent is another one than `parent`."""
+    """Ctrl-C to this process once its parent is another one than `parent`; then, no mercy."""
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(CHECK_SECONDS)
         signal.raise_signal(signal.SIGINT)
+        # a SuperNode takes leave of its server, and tries for ever where that one is gone as well
+        time.sleep(LEAVE_SECONDS)
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -36,8 +42,8 @@ def main() -> None:
         from flwr.superlink import main as superlink
         from flwr.superlink.cli import flower_superlink
 
-        genuine = superlink.create_app
-        superlink.create_app = lambda *given: behind_the_door(genuine(*given))
+        genuine, limit = superlink.create_app, int(os.environ[REPLY_BYTES])
+        superlink.create_app = lambda *given: behind_the_door(genuine(*given), limit)
         flower_superlink()
     else:
         from flwr.supernode.cli import flower_supernode

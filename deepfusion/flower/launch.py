@@ -18,8 +18,10 @@ import deepfusion
 from ..config import Config
 from ..config_tables import NetworkConfig
 from ..messages import TransportFailed
+from .child import REPLY_BYTES
 from .collection import read_standings
 from .control import COMPLETED, Control, RunEnd
+from .door import reply_limit
 from .joined import Place
 from .server_app import WANTED
 
@@ -152,7 +154,9 @@ def superlink(config: Config, folder: Path, wanted: Path) -> Iterator[Control]:
     _wait_for_port(network)
     # as the SuperLink's own parts reach it; the certificate names both
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(network.address, network.address)
-    with program("superlink", arguments, folder, {WANTED: str(wanted)}) as process:
+    most = reply_limit(config.upload.shard_mib << 20)
+    extra = {WANTED: str(wanted), REPLY_BYTES: str(most)}
+    with program("superlink", arguments, folder, extra) as process:
         control = Control(f"{host}:{network.port}", certificate)
         last = time.monotonic() + START_SECONDS
         while not control.answers():

@@ -17,6 +17,8 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 PIECE_BYTES = 1 << 20
+# a manifest of 1 MiB, quoted; parsed it takes twenty times its length
+FACTS_CHARACTERS = 4 << 20
 HELLO, BASE, TRAIN, SHARD, CLOSE = (
     "query.hello",
     "query.base",
@@ -44,6 +46,10 @@ def facts_of(content: RecordDict) -> dict[str, Any]:
     text = record.get("json") if record is not None else None
     if not isinstance(text, str):
         raise ValueError("message: facts must be JSON text, got none")
+    if len(text) > FACTS_CHARACTERS:
+        raise ValueError(
+            f"message: facts must be at most {FACTS_CHARACTERS} characters, got {len(text)}"
+        )
     try:
         facts = json.loads(text)
     except (ValueError, RecursionError):

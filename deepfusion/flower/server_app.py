@@ -9,20 +9,39 @@ what was received lies on ours. This process only collects; it never opens a ten
 from __future__ import annotations
 
 import os
+import threading
 import time
 from pathlib import Path
 
+import httpx
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.inflatable.inflatable_object import UnexpectedObjectContentError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ..messages import PROTOCOL
 from . import records
 from .collection import Standing, Wanted, write_standings
-from .talk import Ask, Talk, hello_facts
+from .talk import Ask, Gone, Talk, hello_facts
 
 app = ServerApp()
 WANTED = "DEEPFUSION_WANTED"
 POLL_SECONDS = 0.5
+# replies that are fetched side by side, each held twice meanwhile; a small one is there at once
+PULLS, PULL_PATIENCE = 4, 0.2
+# after which a reply that still comes in is given up: 256 MiB need 4 Mbit/s
+PULL_SECONDS = 600.0
+ANSWERED = "answered"
+# what Flower raises while it puts a message together out of bytes that are none
+UNREADABLE = (
+    UnexpectedObjectContentError,
+    DecodeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+)
 
 
 def _claimed(reply: Message) -> str:
@@ -39,6 +58,26 @@ def main(grid: Grid, context: Context) -> None:
     Collector(grid, Wanted.read(Path(os.environ[WANTED]))).run()
 
 
+class Pull(threading.Thread):
+    """Fetches the reply to one message, if there is one; failure: what Flower raised."""
+
+    def __init__(self, grid: Grid, name: str) -> None:
+        super().__init__(daemon=True)
+        self.grid = grid
+        self.name = name
+        self.begun = time.monotonic()
+        self.replies: list[Message] = []
+        self.failure: Exception | None = RuntimeError("a reply was not fetched; see superlink.log")
+
+    def run(self) -> None:
+        """Ask once; Flower waits for parts that were announced and have not come yet."""
+        try:
+            self.replies = list(self.grid.pull_messages([self.name]))
+            self.failure = None
+        except (httpx.HTTPError, OSError, RuntimeError, *UNREADABLE) as failure:
+            self.failure = failure
+
+
 class Collector:
     """The loop over all devices, with one deadline for all."""
 
@@ -48,6 +87,7 @@ class Collector:
         self.standings = {one.device: Standing() for one in wanted.devices}
         self.talks = [Talk(one, wanted, self.standings[one.device]) for one in wanted.devices]
         self.begun = time.monotonic()
+        self._pulls: dict[str, Pull] = {}
         self._probes: dict[str, str] = {}
         self._strangers: dict[int, str] = {}
         self._written = ""
@@ -86,30 +126,60 @@ class Collector:
             talk.pending = self._send(talk.node, ask)
             talk.since = time.monotonic()
 
-    def _pull(self, talk: Talk) -> None:
-        replies = list(self.grid.pull_messages([talk.pending]))
-        if replies:
-            self._probes.pop(talk.device.device, None)
-            talk.standing.seconds = round(time.monotonic() - self.begun, 1)
-            self._push(talk, talk.take(replies.pop()))
-        elif time.monotonic() - talk.since > self.wanted.probe_seconds:
-            self._probe(talk)
+    def _fetch(self, name: str) -> list[Message] | None:
+        """The reply to a message; [] where there is none yet, None while it still comes in.
 
-    def _probe(self, talk: Talk) -> None:
+        One that comes in by drops must not keep the others waiting. Raises what Flower raises;
+        Gone after PULL_SECONDS.
+        """
+        pull = self._pulls.get(name)
+        if pull is None:
+            if len(self._pulls) >= PULLS:
+                return None
+            pull = self._pulls[name] = Pull(self.grid, name)
+            pull.start()
+            pull.join(PULL_PATIENCE)
+        if pull.is_alive():
+            if time.monotonic() - pull.begun <= PULL_SECONDS:
+                return None
+            # its thread ends by itself, and its reply goes nowhere
+            pull.failure = Gone("answer came too slowly")
+        del self._pulls[name]
+        if pull.failure is not None:
+            raise pull.failure
+        return pull.replies
+
+    def _pull(self, talk: Talk) -> None:
+        device = talk.device.device
+        try:
+            replies = self._fetch(talk.pending)
+            if replies:
+                self._probes.pop(device, None)
+                talk.standing.seconds = round(time.monotonic() - self.begun, 1)
+                self._push(talk, talk.take(replies.pop()))
+            elif replies is not None:
+                self._ask_again(talk, device)
+        except Gone:
+            self._probes.pop(device, None)
+            talk.lost()
+        except UNREADABLE as fault:
+            self._push(talk, talk.refuse(f"its answer cannot be read: {type(fault).__name__}"))
+
+    def _ask_again(self, talk: Talk, device: str) -> None:
         """A node answers in order: an answered probe shows that the message before it is lost.
 
         Flower notices a node that is gone, not one that was started again within a minute.
         """
-        device = talk.device.device
-        if device not in self._probes:
+        probe = self._probes.get(device)
+        if probe == ANSWERED:
+            raise Gone("restarted")
+        if probe is not None:
+            if self._fetch(probe):
+                # the reply itself may have come since it was looked for
+                self._probes[device] = ANSWERED
+        elif time.monotonic() - talk.since > self.wanted.probe_seconds:
             ask = Ask(records.HELLO, hello_facts(talk.device, self.wanted))
             self._probes[device] = self._send(talk.node, ask)
-        elif list(self.grid.pull_messages([self._probes[device]])):
-            del self._probes[device]
-            if not (replies := list(self.grid.pull_messages([talk.pending]))):
-                talk.lost()
-            else:
-                self._push(talk, talk.take(replies.pop()))
 
     def _greet(self, online: set[int]) -> None:
         """Without keys nobody knows which node is whose: each is asked once for its name."""

@@ -21,6 +21,8 @@ from .collection import Inbox, SentFile, Standing, Wanted, WantedDevice, announc
 
 SHARD_TRIES = 3
 CRASHES = 2
+# a device that is lost more often costs more than it brings: each time it is sent what it lacks
+RETURNS = 50
 # Flower's error codes: the reply, or the node, is gone; the message can be asked again
 GONE = (3, 4, 5)
 RAISED, CRASHED = 2, 8
@@ -33,6 +35,13 @@ class Gone(Exception):
 
 class Failed(Exception):
     """The device answered that it failed; the message is a class and a number."""
+
+
+ENDS: Mapping[type[Exception], str] = {
+    Gone: "unavailable",
+    Failed: "failed",
+    UploadRefused: "refused",
+}
 
 
 @dataclass
@@ -176,7 +185,7 @@ class Talk:
         self.since = 0.0
         self._wanted = wanted
         self._script: Conversation | None = None
-        self._crashes = 0
+        self._crashes = self._returns = 0
         if device.node:
             standing.node = str(device.node)
 
@@ -198,6 +207,10 @@ class Talk:
     def begin(self) -> Ask | None:
         """The first message."""
         if self.standing.status == "unavailable":
+            self._returns += 1
+            if self._returns > RETURNS:
+                self.close("failed", f"lost more than {RETURNS} times")
+                return None
             self.standing.status, self.standing.reason = "waiting", ""
             self.standing.shards = ""
             self.standing.retries += 1
@@ -221,6 +234,11 @@ class Talk:
         self.pending = ""
         self._step(lambda script: script.throw(Gone("restarted")))
 
+    def refuse(self, reason: str) -> Ask | None:
+        """The pending message was answered with what is no answer; the last word to say so."""
+        self.pending = ""
+        return self._step(lambda script: script.throw(UploadRefused(reason)))
+
     def close(self, status: str, reason: str) -> None:
         """End it: nothing is asked any more."""
         self._script = None
@@ -233,11 +251,11 @@ class Talk:
             return move(self._script)
         except StopIteration:
             self._script = None
-        except (Gone, Failed) as end:
+        except (Gone, Failed, UploadRefused) as end:
             self._script = None
             # how the farewell went is of no weight: everything is here, or refused
             if not was_closed:
-                self.close("unavailable" if isinstance(end, Gone) else "failed", str(end))
+                self.close(ENDS[type(end)], str(end))
         return None
 
 

@@ -151,6 +151,11 @@ def head_weight(model: Any) -> Tensor:
     return cast(Tensor, model.get_output_embeddings().weight)
 
 
+def positions(model: Any) -> int:
+    """The longest sequence that a model is made for; gpt2 has no embedding for one more."""
+    return int(model.config.max_position_embeddings)
+
+
 def layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers in order; a forward hook on one sees the residual stream after it."""
     return cast(nn.ModuleList, _named(backbone(model), _LAYERS, "decoder layers"))

@@ -112,11 +112,13 @@ def fact_recall(
     """For each fact, whether greedy decoding from its prompt gives exactly its answer's tokens.
 
     One pass over prompt + answer decides it: the greedy path equals the answer if and only if every
-    answer token is the argmax after the tokens before it.
+    answer token is the argmax after the tokens before it. Of a text longer than the model's
+    positions the beginning is left out; ValueError for an answer that alone is too long.
     """
     was_training = model.training
     model.eval()
-    rows = [_fact_ids(tokenizer, fact) for fact in facts]
+    most = build.positions(model)
+    rows = [_within(*_fact_ids(tokenizer, fact), most) for fact in facts]
     known: list[bool] = []
     for start in range(0, len(rows), batch_size):
         known += _known(model, rows[start : start + batch_size])
@@ -137,6 +139,17 @@ def _fact_ids(tokenizer: Tokenizer, fact: Fact) -> tuple[list[int], int]:
             "fact_recall: every fact needs a prompt and an answer of at least one token"
         )
     return list(encoded["input_ids"]), first
+
+
+def _within(ids: list[int], first: int, most: int) -> tuple[list[int], int]:
+    """The last `most` tokens of a fact, one before the answer at the least."""
+    cut = max(0, len(ids) - most)
+    if first - cut < 1:
+        raise ValueError(
+            f"fact_recall: an answer must have fewer tokens than the model has positions = {most}, "
+            f"got {len(ids) - first}; set data.context_length or data.vocab_size higher"
+        )
+    return ids[cut:], first - cut
 
 
 def _known(model: nn.Module, rows: Sequence[tuple[list[int], int]]) -> list[bool]:

@@ -132,6 +132,21 @@ def test_token_across_the_boundary_belongs_to_the_answer() -> None:
         _fact_ids(Letters(), Fact("ab", ""))
 
 
+def test_a_fact_longer_than_the_models_positions_loses_its_beginning() -> None:
+    """gpt2 has an embedding for each position, and none beyond."""
+    most = 9
+    model, tokenizer = tiny("gpt2", n_positions=most), Letters()
+    letters = {ord(letter) % (VOCAB - 1): letter for letter in map(chr, range(60, 120))}
+    seen = "is said of"[-(most - 1) :]
+    (token,) = greedy(model, tokenizer(seen)["input_ids"], 1)
+    right = letters[token]
+    facts = [Fact(f"{start}{seen}", right) for start in ("", "very much ", "more than fits, ")]
+    wrong = Fact(f"very much {seen}", chr(ord(right) ^ 1))
+    assert fact_recall(model, tokenizer, [*facts, wrong]) == [True, True, True, False]
+    with pytest.raises(ValueError, match=r"fewer tokens than the model has positions = 9, got 9"):
+        fact_recall(model, tokenizer, [Fact("who?", "123456789")])
+
+
 def mixture(kind: str = "qwen2", **options: Any) -> Any:
     target = "deepseek_v3" if kind == "deepseek_v3" else "qwen2_moe"
     config = MergeConfig(target=target, router_init="normal", **options)

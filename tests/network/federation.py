@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -180,3 +181,24 @@ class Federation:
                 process.send_signal(signal.SIGTERM)
         for process in self.processes:
             process.wait(20)
+
+
+def serve(fed: Federation, log: str, limit: int = 0) -> subprocess.Popen[bytes]:
+    """`deepfusion serve` on the federation's folder; limit: the largest file it may write."""
+
+    def limited() -> None:
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    arguments = command("serve", fed.server, *fed.more, f"network.keys='{fed.keys / 'server'}'")
+    with (fed.folder / log).open("wb") as out:
+        process = subprocess.Popen(
+            arguments,
+            cwd=ROOT,
+            stdout=out,
+            stderr=out,
+            preexec_fn=limited,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    fed.processes.append(process)
+    return process

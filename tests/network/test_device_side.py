@@ -1,11 +1,9 @@
 """The device's half without a network: what it stores, what it decides, what it keeps to itself."""
 
-import asyncio
 import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ from deepfusion.data.documents import CorpusError
 from deepfusion.data.prepared import documents_of
 from deepfusion.flower import joined, launch, records
 from deepfusion.flower.client_app import DeviceFailed, _nothing_quoted
-from deepfusion.flower.door import behind_the_door
 from deepfusion.flower.joined import Place
 
 
@@ -133,29 +130,6 @@ def test_an_exception_leaves_as_class_and_number(place: Place) -> None:
         assert str(caught.value) == wanted
         assert caught.value.__suppress_context__, "a chained traceback would tell it"
     assert secret in (place.folder / "network" / "device.log").read_text()
-
-
-def call(path: str, client: str, server: str = "10.0.0.1", kind: str = "http") -> int:
-    """The status a caller gets through the door; 200 where the application is reached."""
-    sent: list[Mapping[str, Any]] = []
-
-    async def application(scope: Any, receive: Any, send: Any) -> None:
-        await send({"status": 200})
-
-    async def send(message: Mapping[str, Any]) -> None:
-        sent.append(message)
-
-    scope = {"type": kind, "path": path, "client": (client, 1), "server": (server, 8000)}
-    asyncio.run(behind_the_door(application)(scope, None, send))
-    return int(sent[0]["status"])
-
-
-def test_other_machines_reach_the_calls_of_a_node_alone() -> None:
-    for path in ("/v1/control/start-run", "/v1/runtime/acquire-task", "/docs", "/v1/fleet"):
-        assert call(path, "10.0.0.2") == 403, path
-        assert call(path, "10.0.0.1") == call(path, "127.0.0.1") == 200, path
-        assert call(path, "10.0.0.2", kind="websocket") == 403, path
-    assert call("/v1/fleet/pull-messages", "10.0.0.2") == 200
 
 
 def test_nothing_calls_out(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from deepfusion.device.gather import gather as in_process
 from deepfusion.flower.launch import only_one
 from deepfusion.messages import TooFewUploads
 
-from .federation import ROOT, Federation, command, wait_for
+from .federation import ROOT, Federation, command, serve, wait_for
 from .test_quick import bytes_of
 
 pytestmark = pytest.mark.network
@@ -33,27 +33,6 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     for one in family(process):
         one.send_signal(signal.SIGKILL)
     process.wait(20)
-
-
-def serve(fed: Federation, log: str, limit: int = 0) -> subprocess.Popen[bytes]:
-    """`deepfusion serve` on the federation's folder; limit: the largest file it may write."""
-
-    def limited() -> None:
-        if limit:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    arguments = command("serve", fed.server, *fed.more, f"network.keys='{fed.keys / 'server'}'")
-    with (fed.folder / log).open("wb") as out:
-        process = subprocess.Popen(
-            arguments,
-            cwd=ROOT,
-            stdout=out,
-            stderr=out,
-            preexec_fn=limited,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-    fed.processes.append(process)
-    return process
 
 
 def test_device_killed_in_training_comes_back_with_the_same_bytes(federation: Make) -> None:

@@ -10,9 +10,11 @@ from flwr.app import Error, RecordDict
 from deepfusion.flower import records
 from deepfusion.flower.collection import (
     SentFile,
+    Standing,
     announced,
     parcels,
 )
+from deepfusion.flower.talk import RETURNS, Talk
 from deepfusion.messages import UploadRefused
 from deepfusion.wire.package import decode_embedding
 from tests.driver.uploads import DIMENSIONS, SHARD_BYTES, packed, rewrite
@@ -83,6 +85,25 @@ def test_a_device_that_vanishes_is_asked_for_the_rest_alone(tmp_path: Path, pack
     assert standing.retries == 1
     assert device.asked.count("shard 0") == 1, "a received shard is never asked for again"
     assert device.asked.count("hello") == 2
+
+
+def test_a_device_that_is_always_lost_is_not_asked_for_ever(tmp_path: Path, package: Path) -> None:
+    lost = Device(package, base=[GONE] * 200)
+    standing = Standing()
+    talk = Talk(wanted(tmp_path).devices[0], wanted(tmp_path), standing)
+    while talk.is_idle:
+        ask = talk.begin()
+        while ask is not None:
+            ask = talk.take(lost.answer(ask))
+    assert (standing.status, standing.reason) == ("failed", f"lost more than {RETURNS} times")
+    assert lost.asked.count("base") == RETURNS + 1
+
+
+def test_facts_have_a_length(tmp_path: Path, package: Path) -> None:
+    long = records.pack({"x": "y" * records.FACTS_CHARACTERS})
+    standing = talk_to(Device(package, hello=[long]), wanted(tmp_path))
+    assert standing.status == "refused"
+    assert "facts must be at most" in standing.reason
 
 
 def test_another_package_after_a_restart_is_not_mixed_in(tmp_path: Path, package: Path) -> None:
