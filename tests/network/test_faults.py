@@ -75,7 +75,7 @@ def test_device_restarted_before_anybody_notices_is_asked_again(
 def test_silence_ends_at_the_deadline_and_the_next_run_asks_only_the_silent(
     federation: Make,
 ) -> None:
-    fed = federation("federation.deadline_seconds=240")
+    fed = federation("federation.deadline_seconds=120")
     fed.trained(0)
     fed.trained(1)
     work = fed.collect()
