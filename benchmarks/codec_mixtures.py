@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ from deepfusion.wire.package import Sent, read_state, state_revision, write_pack
 
 WEIGHTS = ("float32", "delta-int8", "xor", "bf16", "plain")
 KINDS = (*WEIGHTS, "adapter", "logprobs")
+Row = dict[str, Any]
 ASKED = ("upload.kind=logprobs", "distill.feature_loss=none")
 
 
@@ -183,7 +184,7 @@ class Finished:
         return {d: one.nll for d, one in evaluate(moe, held, config.evaluate.batch_size).items()}
 
 
-def one_row(finished: Finished) -> dict[str, object]:
+def one_row(finished: Finished) -> Row:
     """What one kind of upload of one run led to; equal averages are not taught twice."""
     teachers, revisions, total = finished.teachers()
     for path in sorted(finished.place.glob("*.json")):
@@ -194,19 +195,21 @@ def one_row(finished: Finished) -> dict[str, object]:
     return {"nll": finished.mixture(teachers), "revisions": revisions, "bytes": total}
 
 
-def table(rows: Mapping[str, Sequence[Mapping[str, object]]]) -> str:
-    """Markdown: kind -> mean (standard deviation) of its perplexities over the runs."""
+def table(rows: Mapping[str, Mapping[str, Row]]) -> str:
+    """Markdown of kind -> run -> row: means (standard deviations) over the runs.
+
+    The change against the control is of the runs that both have, each against its own.
+    """
     lines = ["| upload | runs | perplexity of the mixture | against its control | MB a run |"]
     lines.append("|---|---|---|---|---|")
     for kind, own in rows.items():
-        control = rows.get("plain" if kind == "logprobs" else "float32", ())
-        found = [math.exp(cast(dict[str, float], one["nll"])["all"]) for one in own]
-        wanted = [math.exp(cast(dict[str, float], one["nll"])["all"]) for one in control]
-        change = "-"
-        if len(wanted) == len(found):
-            change = _spread([a / b - 1 for a, b in zip(found, wanted, strict=True)], "+.2%")
-        size = statistics.mean(float(cast(int, one["bytes"])) for one in own) / 1e6
-        cells = [kind, str(len(own)), _spread(found, ".2f"), change, f"{size:.1f}" if size else "-"]
+        control = rows.get("plain" if kind == "logprobs" else "float32", {})
+        found = {run: math.exp(one["nll"]["all"]) for run, one in own.items()}
+        both = sorted(own.keys() & control.keys())
+        changes = [found[run] / math.exp(control[run]["nll"]["all"]) - 1 for run in both]
+        size = statistics.mean(one["bytes"] for one in own.values()) / 1e6
+        cells = [kind, str(len(own)), _spread([*found.values()], ".2f")]
+        cells += [_spread(changes, "+.2%") if both else "-", f"{size:.1f}" if size else "-"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -234,7 +237,7 @@ def main() -> None:
                 torch.set_num_threads(finished.config.run.threads or torch.get_num_threads())
                 files.write_json(path, one_row(finished))
         done = {
-            name: [json.loads(path.read_text()) for path in paths]
+            name: {path.parent.name: json.loads(path.read_text()) for path in paths}
             for name in KINDS
             if (paths := sorted(options.work.glob(f"*/{name}.json")))
         }
