@@ -7,7 +7,6 @@ times `eager` through torch.compile as well.
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -166,26 +165,29 @@ def eager_moe_experts(
     return out
 
 
+class _Experts:
+    """What transformers' experts look at; a class, since torch.compile knows no namespace."""
+
+    has_gate, has_bias, is_transposed = True, False, False
+
+    def __init__(self, gate_up_proj: Tensor, down_proj: Tensor) -> None:
+        self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
+        self.num_experts = gate_up_proj.shape[0]
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate) * up
+
+
 def grouped_mm_moe_experts(
     hidden: Tensor, gate_up_proj: Tensor, down_proj: Tensor, experts: Tensor, weights: Tensor
 ) -> Tensor:
     """The implementation that transformers chooses by default."""
     from transformers.integrations.moe import grouped_mm_experts_forward
 
-    def apply_gate(gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate) * up
-
-    module = SimpleNamespace(
-        gate_up_proj=gate_up_proj,
-        down_proj=down_proj,
-        num_experts=gate_up_proj.shape[0],
-        has_gate=True,
-        has_bias=False,
-        is_transposed=False,
-        _apply_gate=apply_gate,
+    out: Tensor = grouped_mm_experts_forward(
+        _Experts(gate_up_proj, down_proj), hidden, experts, weights
     )
-    out: Tensor = grouped_mm_experts_forward(module, hidden, experts, weights)
     return out
 
 

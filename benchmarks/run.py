@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from benchmarks import baselines, baselines_alignment, peers
+from benchmarks import baselines, baselines_alignment, peers, peers_moe
 from benchmarks.inputs import varied
 from deepfusion_kernels import __version__
 from deepfusion_kernels._triton import HAS_TRITON, triton
@@ -37,8 +37,8 @@ def door_of(name: str) -> str:
 
 
 def baselines_of(door: str, compiled: bool) -> dict[str, Callable[..., Any]]:
-    """The functions `<peer>_<door>` of baselines*.py and peers.py; eager through torch.compile."""
-    known = vars(baselines) | vars(baselines_alignment) | vars(peers)
+    """The functions `<peer>_<door>` of baselines*.py and peers*.py; eager through torch.compile."""
+    known = vars(baselines) | vars(baselines_alignment) | vars(peers) | vars(peers_moe)
     found = {
         name.removesuffix(f"_{door}"): function
         for name, function in known.items()

@@ -5,7 +5,10 @@ from torch.nn import functional
 
 from deepfusion_kernels import moe_experts
 from tests.budget import assert_within_budget
+from tests.ops.moe_experts_roundings import assert_within_roundings, bounds
 
+# backends whose products are kernels or library calls of their own, with rows stored in between
+STORES_ALL = ("triton", "torch", "quack")
 NAMES = ("hidden", "gate_up_proj", "down_proj", "weights")
 ACTIVATIONS = {
     "silu": functional.silu,
@@ -62,6 +65,13 @@ def in_float64(inputs):
     }
 
 
+def judge_roundings(ours, truth, inputs, dout, activation="silu"):
+    """Half precision against the counted roundings of what the GPU backends store."""
+    off = bounds(in_float64(inputs), dout.double(), activation, ours["out"].dtype)
+    for name, value in ours.items():
+        assert_within_roundings(value, truth[name], off[name], name)
+
+
 def compare(inputs, backend, activation="silu"):
     dout = torch.randn_like(inputs["hidden"])
     ours = run(moe_experts, inputs, dout, activation=activation, backend=backend)
@@ -69,8 +79,11 @@ def compare(inputs, backend, activation="silu"):
     truth = run(
         moe_experts, in_float64(inputs), dout.double(), activation=activation, backend="reference"
     )
+    if backend in STORES_ALL and ours["out"].dtype in (torch.bfloat16, torch.float16):
+        judge_roundings(ours, truth, inputs, dout, activation)
     for name in ours:
-        assert_within_budget(ours[name], plain[name], truth[name], name)
+        if backend not in STORES_ALL or ours[name].dtype == torch.float32:
+            assert_within_budget(ours[name], plain[name], truth[name], name)
         if ours[name].dtype == torch.bfloat16 and ours[name].numel() > 1000:
             error, allowed = (
                 (each[name].double() - truth[name]).square().mean() for each in (ours, plain)

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from deepfusion_kernels import moe_experts
 from deepfusion_kernels.catalog import CATALOG
+from deepfusion_kernels.ops.moe_experts import torch_impl
 from tests.conftest import device_for
 from tests.ops.moe_experts_inputs import ACTIVATIONS, NAMES, compare, make, run
 from tests.ops.test_moe_experts import (  # noqa: F401
@@ -36,22 +37,42 @@ def test_activations_within_budget(backend, device, activation, poisoned_memory)
     compare(make(13, 21, 18, 3, 2, device=device), backend, activation)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_narrow_dtypes_within_budget(backend, device, dtype, poisoned_memory):
-    # the interpreter wants few experts, grouped_mm rows that are not whole 16 bytes
-    shape, ids = ((64, 40, 36, 2, 3), torch.int32)
-    if backend == "torch":
-        shape, ids = (67, 45, 37, 5, 2), torch.int64
-    compare(make(*shape, dtype, ids=ids, device=device), backend, "gelu_tanh")
+    # the interpreter wants few experts
+    shape = (67, 45, 37, 5, 2) if backend == "torch" else (67, 45, 37, 2, 2)
+    compare(make(*shape, dtype, ids=torch.int32, device=device), backend, "gelu_tanh")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "T, D, F, E, K",
     [(1, 16, 8, 4, 2), (1, 1, 1, 1, 1), (70, 5, 3, 1, 1), (5, 33, 65, 12, 4), (3, 130, 70, 2, 2)],
 )
-def test_shapes_within_budget(backend, device, T, D, F, E, K, poisoned_memory):
+def test_shapes_within_budget(backend, device, dtype, T, D, F, E, K, poisoned_memory):
     """One token, one column, every row at one expert, more experts than rows, long products."""
-    compare(make(T, D, F, E, K, device=device), backend)
+    compare(make(T, D, F, E, K, dtype, device=device), backend)
+
+
+def coarse(product):
+    """Two bits less of bfloat16, cut off."""
+    return (product.view(torch.int16) & ~3).view(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [coarse, lambda product: product * (1 + 2**-6), lambda product: product.roll(1, 1)],
+    ids=["two-bits-cut", "scaled", "shifted"],
+)
+def test_counted_roundings_do_not_cover_a_fault(fault, monkeypatch):
+    original = torch_impl._Grouped.rows
+    monkeypatch.setattr(torch_impl._Grouped, "rows", lambda *args: fault(original(*args)))
+    inputs = make(5, 33, 65, 12, 4, torch.bfloat16, device=device_for("torch"))
+    with pytest.raises(AssertionError, match=r"allowed"):
+        compare(inputs, "torch")
 
 
 def test_every_set_of_wanted_gradients(backend, device, poisoned_memory, monkeypatch):

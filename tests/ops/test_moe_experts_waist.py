@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 from deepfusion_kernels import moe_experts
 from deepfusion_kernels.catalog import CATALOG
@@ -114,10 +116,27 @@ def test_checkpoint_gives_the_same_gradients(backend, device, use_reentrant):
 
     leaves = [inputs[name] for name in NAMES]
     plain = torch.autograd.grad(call(*leaves).square().sum(), leaves)
-    torch.utils.checkpoint.checkpoint(
-        call, *leaves, use_reentrant=use_reentrant
-    ).square().sum().backward()
+    checkpoint(call, *leaves, use_reentrant=use_reentrant).square().sum().backward()
     assert all(torch.equal(each.grad, grad) for each, grad in zip(leaves, plain, strict=True))
+
+
+def test_checkpoint_keeps_the_inputs_alone(backend, device, monkeypatch):
+    inputs = make(19, 12, 8, 3, 2, device=device)
+    impl = CATALOG[STEM].impls[backend]
+    saved, original = [], impl.forward
+
+    def watched(*args):
+        out, *rest = original(*args)
+        saved[:] = [StorageWeakRef(each.untyped_storage()) for each in rest]
+        return out, *rest
+
+    monkeypatch.setattr(impl, "forward", watched)
+    out = moe_experts(**inputs, backend=backend)
+    assert not any(each.expired() for each in saved)
+    out = checkpoint(lambda: moe_experts(**inputs, backend=backend), use_reentrant=False)
+    assert all(each.expired() for each in saved)
+    out.sum().backward()
+    assert not inputs["hidden"].grad.isnan().any()
 
 
 def test_double_backward_raises(backend, device):

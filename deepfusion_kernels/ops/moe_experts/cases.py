@@ -80,4 +80,10 @@ CASES: tuple[Case, ...] = (
     _case("decode-1", 1, 512, 352, 60, 4, wants=NONE),
     _case("decode-16", 16, 512, 352, 60, 4, wants=NONE),
     _case("decode-64", 64, 512, 352, 60, 4, wants=NONE),
+    _case("decode-wide-1", 1, 256, 512, 16, 2, wants=NONE),
+    _case("decode-wide-16", 16, 256, 512, 16, 2, wants=NONE),
+    _case("decode-wide-64", 64, 256, 512, 16, 2, wants=NONE),
+    _case("few-tokens-1", 1, 512, 352, 60, 4),
+    _case("few-tokens-16", 16, 512, 352, 60, 4),
+    _case("few-tokens-64", 64, 512, 352, 60, 4),
 )
