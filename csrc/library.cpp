@@ -100,6 +100,16 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
   m.def(
       "stage_attention_backward(Tensor qkv, Tensor lse, Tensor dy, Tensor delta, Tensor? valid, "
       "int heads, bool causal, float scale, Tensor upstream, Tensor(a!) dqkv) -> ()");
+
+  // view_aligned_attention on CUDA alone
+  m.def(
+      "small_attention_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? valid, int heads, "
+      "bool causal, float scale, Tensor(a!) qkv, Tensor(b!) y, Tensor(c!) lse) -> ()");
+  m.def(
+      "small_attention_backward(Tensor qkv, Tensor lse, Tensor dy, Tensor delta, Tensor? valid, "
+      "int heads, bool causal, float scale, Tensor upstream, Tensor(a!) dqkv) -> ()");
+
+  // view_aligned_attention on the CPU alone
   m.def("multiplies_rows(Tensor like) -> bool");
   m.def(
       "project_patches(Tensor[] stages, Tensor weight, Tensor bias, Tensor? patch_embedding, "
@@ -113,6 +123,8 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
   m.def(
       "linear_mse_epilogue(Tensor(a!) predictions, Tensor? bias, Tensor target, Tensor offsets, "
       "Tensor? mask, Tensor scale, Tensor(b!) sse, int first, bool target_norm) -> ()");
+
+  // fused_linear_mse on the CPU alone
   m.def(
       "linear_mse_stages(Tensor y, Tensor weight, Tensor? bias, Tensor[] targets, Tensor offsets, "
       "Tensor? mask, Tensor scale, bool target_norm, int chunk_rows, Tensor(a!) sse, "

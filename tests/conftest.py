@@ -21,12 +21,13 @@ if HAS_TRITON and INTERPRETED:
     import tests.triton_interpreter  # noqa: F401
 
 HAS_GPU = torch.cuda.is_available()
-# tested in a file of their own, whose BACKENDS names them: the interpreter wants smaller sizes
+# tested in a file of their own, whose BACKENDS names them: the interpreter wants smaller sizes,
+# tensor cores heads of whole tiles
 APART = {
     "fused_linear_kl": ("triton",),
     "moe_experts": ("triton", "torch", "quack"),
-    "view_aligned_attention": ("triton",),
-    "fused_linear_mse": ("triton",),
+    "view_aligned_attention": ("triton", "cuda"),
+    "fused_linear_mse": ("triton", "cuda"),
 }
 REAL_TEXT = Path(
     os.environ.get("DEEPFUSION_REAL_TEXT", Path(__file__).parents[2] / "shared" / "data")

@@ -2,6 +2,7 @@
 #include "cuda_on_host/engine.cpp"
 #include "cuda_on_host/cuda_bf16.h"
 #include "cuda_on_host/cuda_fp16.h"
+#include "cuda_on_host/mma.h"
 
 #include <cassert>
 #include <cstdio>
@@ -55,10 +56,55 @@ void half_a_warp(int) {
   __shfl_xor_sync(0xffffu, 1, 1);
 }
 
+// sums = left right by two warps, half of the depth each, added in order.
+void multiply(const __half* left, const __half* right, float* sums) {
+  using namespace nvcuda::wmma;
+  for (unsigned half = 0; half < 2; ++half) {
+    if (threadIdx.x / 32 == half) {
+      fragment<matrix_a, 16, 16, 16, __half, row_major> a;
+      fragment<matrix_b, 16, 16, 16, __half, col_major> b;
+      fragment<accumulator, 16, 16, 16, float> c;
+      load_matrix_sync(a, left + 16 * half, 32);
+      load_matrix_sync(b, right + 16 * half, 32);
+      load_matrix_sync(c, sums, 16, mem_row_major);
+      mma_sync(c, a, b, c);
+      store_matrix_sync(sums, c, 16, mem_row_major);
+    }
+    __syncthreads();
+  }
+}
+
+void products_are_products() {
+  alignas(32) __half left[16 * 32], right[16 * 32];
+  alignas(32) float sums[256] = {};
+  for (int i = 0; i < 512; ++i) {
+    left[i] = __float2half_rn(static_cast<float>(i % 7 - 3));
+    right[i] = __float2half_rn(static_cast<float>(i % 5 - 2));
+  }
+  Launch(multiply, 1, 64)(left, right, sums);
+  for (int row = 0; row < 16; ++row)
+    for (int column = 0; column < 16; ++column) {
+      float sum = 0;
+      for (int k = 0; k < 32; ++k)
+        sum += __half2float(left[row * 32 + k]) * __half2float(right[column * 32 + k]);
+      assert(sums[row * 16 + column] == sum);
+    }
+}
+
+void odd_addresses(int) {
+  alignas(32) static float memory[512];
+  nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, 16, float> tile;
+  nvcuda::wmma::load_matrix_sync(tile, memory + 4, 16, nvcuda::wmma::mem_row_major);
+}
+
+void a_word_too_far(int words) {
+  reinterpret_cast<int*>(cuda_on_host::dynamic_shared())[words] = 1;
+}
+
 template <typename Kernel>
-bool throws(Kernel kernel, unsigned threads) {
+bool throws(Kernel kernel, unsigned threads, size_t bytes = 0, int argument = 0) {
   try {
-    Launch(kernel, 1, threads)(0);
+    Launch(kernel, 1, threads, bytes)(argument);
   } catch (const std::runtime_error&) {
     return true;
   }
@@ -114,6 +160,12 @@ int main() {
   assert(throws(some_lanes_leave, 33));
   assert(reversed(true).front() == 63);  // and runs on after a failure
   floats_are_rounded_as_defined();
+  products_are_products();
+  assert(throws(odd_addresses, 32));
+  assert(throws(a_word_too_far, 32, 64, 16) && !throws(a_word_too_far, 32, 64, 15));
+  assert(throws(a_word_too_far, 32, 50 << 10));
+  cudaFuncSetAttribute(a_word_too_far, cudaFuncAttributeMaxDynamicSharedMemorySize, 50 << 10);
+  assert(!throws(a_word_too_far, 32, 50 << 10));
   std::puts("test_cuda_on_host: passed");
   return 0;
 }

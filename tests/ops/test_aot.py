@@ -44,7 +44,7 @@ def test_triton_kernels_compile_within_their_limits(stem: str, tmp_path: Path) -
 @pytest.mark.skipif(not _native.HAS_CUDA, reason="built without nvcc")
 @pytest.mark.parametrize("stem", WITH_CUDA)
 def test_cuda_kernels_are_registered(stem: str) -> None:
-    """Every native op of the stem that has a CPU kernel has its CUDA twin."""
+    """Every native op under the stem's comment has both; those of one device stand apart."""
     names = schemas_of(stem)
     assert names, f"csrc/library.cpp has no schemas under the comment {stem}"
     for name in names:
@@ -56,7 +56,7 @@ def test_cuda_kernels_are_registered(stem: str) -> None:
 def schemas_of(stem: str) -> list[str]:
     """The ops that csrc/library.cpp defines under the comment that names the stem."""
     text = (ROOT / "csrc" / "library.cpp").read_text()
-    block = re.search(rf"// {stem}\n(.*?)(?=\n  // \w+\n|\n\}}\n)", text, re.DOTALL)
+    block = re.search(rf"// {stem}\n(.*?)(?=\n  // |\n\}}\n)", text, re.DOTALL)
     assert block, f"csrc/library.cpp has no comment {stem}"
     return re.findall(r'"(\w+)\(', block[1])
 

@@ -38,6 +38,14 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
   return {x, y, z, w};
 }
 
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <typename... Parameters>
+inline cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute,
+                                        int bytes) {
+  cuda_on_host::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
+  return 0;
+}
+
 template <typename T>
 inline T __ldg(const T* from) {
   return *from;
@@ -47,6 +55,9 @@ inline float __uint_as_float(unsigned bits) {
 }
 inline unsigned __float_as_uint(float value) {
   return std::bit_cast<unsigned>(value);
+}
+inline float rsqrtf(float x) {
+  return 1.0f / std::sqrt(x);
 }
 inline float __expf(float x) {
   return std::exp(x);

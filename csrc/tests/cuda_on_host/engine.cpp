@@ -1,8 +1,10 @@
 // Fibers by ucontext, switched by _setjmp and _longjmp, which make no system call.
 #include "engine.h"
 
+#include <algorithm>
 #include <csetjmp>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -18,6 +20,10 @@ dim3 block_index, block_extent, grid_extent;
 namespace {
 
 constexpr size_t kStackBytes = 128 << 10;
+// what a kernel has without asking, and what a block of the largest target has
+constexpr size_t kSharedUnasked = 48 << 10, kSharedMost = 227 << 10;
+constexpr size_t kGuardBytes = 256;
+constexpr unsigned char kGuard = 0xa5;
 
 enum class State { kReady, kInWarp, kInBlock, kDone };
 
@@ -47,6 +53,8 @@ unsigned live = 0, at_barrier = 0;
 uint64_t barriers = 0, blocks = 0, schedule = 0;
 std::string failure;
 std::mutex one_launch;
+std::map<const void*, size_t> shared_allowed;
+alignas(128) unsigned char shared_memory[kSharedMost + kGuardBytes];
 
 // Back to the scheduler, until it resumes this fiber.
 __attribute__((noinline)) void yield() {
@@ -174,8 +182,26 @@ void sync_block() {
   self->state = State::kReady;
 }
 
-void run(dim3 grid, dim3 block, const std::function<void()>& kernel) {
+void refuse(const char* what) {
+  fail(what);
+}
+
+unsigned char* dynamic_shared() {
+  return shared_memory;
+}
+
+void allow_shared(const void* kernel, size_t bytes) {
   const std::lock_guard<std::mutex> lock(one_launch);
+  shared_allowed[kernel] = bytes;
+}
+
+void run(dim3 grid, dim3 block, const std::function<void()>& kernel, size_t shared_bytes,
+         const void* name) {
+  const std::lock_guard<std::mutex> lock(one_launch);
+  const auto asked = shared_allowed.find(name);
+  const size_t allowed = asked == shared_allowed.end() ? 0 : asked->second;
+  if (shared_bytes > std::max(kSharedUnasked, allowed) || shared_bytes > kSharedMost)
+    throw std::runtime_error("cuda_on_host: more shared memory than the kernel may have");
   const unsigned threads = block.x * block.y * block.z;
   if (threads == 0 || threads > 1024 || threads % kLanes != 0 || grid.x == 0 || grid.y > 65535)
     throw std::runtime_error("cuda_on_host: not a launch of whole warps within the limits");
@@ -196,7 +222,11 @@ void run(dim3 grid, dim3 block, const std::function<void()>& kernel) {
     live = threads;
     at_barrier = 0;
     ++blocks;
+    if (shared_bytes) std::memset(shared_memory, 0xff, shared_bytes);
+    std::memset(shared_memory + shared_bytes, kGuard, kGuardBytes);
     run_block(warp_order, lane_order);
+    for (size_t i = 0; i < kGuardBytes && failure.empty(); ++i)
+      if (shared_memory[shared_bytes + i] != kGuard) failure = "written past shared memory";
   }
   if (failure.empty()) return;
   // threads stand in the middle of a kernel that nobody ends

@@ -23,7 +23,7 @@ namespace cuda_on_host {
 constexpr unsigned kLanes = 32;
 
 // What lanes meet for; all lanes of a warp must come for the same.
-enum class Meeting { kShuffle, kBallot, kReduce, kMatch, kSync };
+enum class Meeting { kShuffle, kBallot, kReduce, kMatch, kSync, kProduct };
 
 struct Exchange {
   unsigned arrived = 0, read = 0;
@@ -42,8 +42,19 @@ Exchange& meet(Meeting meeting, unsigned mask, uint64_t value);
 void leave(Exchange& exchange);
 void sync_block();
 
+// Ends the launch with std::runtime_error.
+[[noreturn]] void refuse(const char* what);
+
+// Shared memory of the launch, `bytes` of it; NaN when a block begins, and nothing past its end may
+// be written.
+unsigned char* dynamic_shared();
+
+// More than 48 KiB are asked for by name of the kernel first, and no target has more than 227.
+void allow_shared(const void* kernel, size_t bytes);
+
 // Runs body once for every thread of every block; throws std::runtime_error if threads never meet.
-void run(dim3 grid, dim3 block, const std::function<void()>& body);
+void run(dim3 grid, dim3 block, const std::function<void()>& body, size_t shared_bytes = 0,
+         const void* kernel = nullptr);
 
 // 0: threads in their order; else each seed is another order of warps and of lanes.
 void set_schedule(uint64_t seed);
@@ -67,18 +78,21 @@ struct NoDevice {
 template <typename... Parameters>
 class Launch {
  public:
-  Launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t = 0, void* = nullptr)
-      : kernel_(kernel), grid_(grid), block_(block) {}
+  Launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t bytes = 0, void* = nullptr)
+      : kernel_(kernel), grid_(grid), block_(block), bytes_(bytes) {}
 
   template <typename... Arguments>
   void operator()(Arguments&&... arguments) const {
     const std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
-    run(grid_, block_, [&] { std::apply(kernel_, values); });
+    run(
+        grid_, block_, [&] { std::apply(kernel_, values); }, bytes_,
+        reinterpret_cast<const void*>(kernel_));
   }
 
  private:
   void (*kernel_)(Parameters...);
   dim3 grid_, block_;
+  size_t bytes_;
 };
 
 }  // namespace cuda_on_host

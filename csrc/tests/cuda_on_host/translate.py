@@ -2,6 +2,7 @@
 
 kernel<<<grid, block, bytes, stream>>>(...)   a call of cuda_on_host::Launch
 __shared__ T name[n];                         static memory that is NaN when a block begins
+extern __shared__ T name[];                   the launch's own, in its bytes
 torch::stable::accelerator::DeviceGuard       nothing: there is no device to choose
 deepfusion_native, for the device CUDA        the namespace deepfusion_on_host, for CPU tensors
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 
 KERNEL = r"(\w+(?:\s*<[^<>;]*(?:<[^<>;]*>[^<>;]*)*>)?)"
 LAUNCH = re.compile(KERNEL + r"\s*<<<([^;]*?)>>>\(")
+DYNAMIC = re.compile(r"extern __shared__ __align__\(\d+\) unsigned char (\w+)\[\];")
 SHARED = re.compile(r"__shared__ ([^;]*);")
 ALIGNMENT = re.compile(r"(alignas\(\w+\) |)(.*)", re.DOTALL)
 NAME = re.compile(r"(\w+)(?:\[[^\]]*\])*$")
@@ -30,6 +32,7 @@ def declare(match: re.Match[str]) -> str:
 
 def translate(source: str) -> str:
     source = LAUNCH.sub(r"::cuda_on_host::Launch(\1, \2)(", source)
+    source = DYNAMIC.sub(r"unsigned char* \1 = ::cuda_on_host::dynamic_shared();", source)
     source = SHARED.sub(declare, source)
     source = source.replace("torch::stable::accelerator::DeviceGuard", "::cuda_on_host::NoDevice")
     source = source.replace("__CUDACC__", "DF_CUDA_ON_HOST")

@@ -17,11 +17,16 @@ from ... import backends
 from ...checks import expect, expect_option, expect_that
 from ..shared import patches
 from ..shared.gradients import scaled, wants
-from . import native_impl, reference, triton_impl
+from . import native_cuda, native_impl, reference, triton_impl
 from .arguments import OP, check, check_patches
 
 DOORS = ("fused_linear_mse",)
-IMPLS = {"reference": reference, "cpu": native_impl, "triton": triton_impl}
+IMPLS = {
+    "reference": reference,
+    "cpu": native_impl,
+    "cuda": native_cuda,
+    "triton": triton_impl,
+}
 
 
 def fused_linear_mse(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._triton import triton
+from ..shared.gemm import wide_product
 from .triton_rows import _error_kernel
 
 # products and errors of a chunk stay in a second-level cache of 50 MB, with room for what it reads
@@ -30,14 +31,6 @@ def rows_per_chunk(rows: int, width: int, itemsize: int) -> int:
     most = max(LEAST_ROWS, CHUNK_BYTES // (width * (4 + errors)))
     chunks = max(1, triton.cdiv(rows, most))
     return LEAST_ROWS * int(triton.cdiv(triton.cdiv(rows, chunks), LEAST_ROWS))
-
-
-def wide_product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """out = left @ right, float32; the library multiplies narrow factors so on CUDA alone."""
-    if left.is_cuda and left.dtype != torch.float32:
-        torch.mm(left, right, out_dtype=torch.float32, out=out)
-    else:
-        torch.mm(left.float(), right.float(), out=out)
 
 
 def forward(

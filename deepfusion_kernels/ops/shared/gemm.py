@@ -1,4 +1,4 @@
-"""Library products of the CPU backends: summed in at least float32, rounded once at the end."""
+"""Library products: summed in at least float32, rounded once at the end."""
 
 from __future__ import annotations
 
@@ -26,3 +26,11 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         total += left @ right
+
+
+def wide_product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out = left @ right, float32; the library multiplies narrow factors so on CUDA alone."""
+    if left.is_cuda and left.dtype != torch.float32:
+        torch.mm(left, right, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(left.float(), right.float(), out=out)

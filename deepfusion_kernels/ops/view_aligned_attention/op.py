@@ -15,10 +15,15 @@ from ... import backends
 from ...checks import expect, expect_that
 from ..shared import patches
 from ..shared.gemm import product
-from . import native_impl, reference, triton_impl
+from . import native_cuda, native_impl, reference, triton_impl
 
 DOORS = ("multi_stage_attention",)
-IMPLS = {"reference": reference, "cpu": native_impl, "triton": triton_impl}
+IMPLS = {
+    "reference": reference,
+    "cpu": native_impl,
+    "cuda": native_cuda,
+    "triton": triton_impl,
+}
 OP = "multi_stage_attention"
 
 
