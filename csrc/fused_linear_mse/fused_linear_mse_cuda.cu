@@ -26,14 +26,16 @@ struct ErrorCall {
   const bool* mask;
   const float* scale;
   float* sse;
-  int64_t first, patches, length, columns, stride_sample, stride_token;
+  int first, patches;
+  int64_t length, columns, stride_sample, stride_token;
   Kind kind;
   bool is_normed;
 };
 
-__global__ void __launch_bounds__(kThreads) error_kernel(ErrorCall call) {
+__global__ void __launch_bounds__(kThreads, 4) error_kernel(ErrorCall call) {
   __shared__ float shared[kThreads / kWarp];
-  const int64_t row = call.first + blockIdx.x, M = call.columns;
+  const int row = call.first + static_cast<int>(blockIdx.x);
+  const int64_t M = call.columns;
   float* errors = call.predictions + static_cast<int64_t>(blockIdx.x) * M;
   const float scale = call.scale[row];
   if (scale == 0.0f) {
@@ -41,7 +43,7 @@ __global__ void __launch_bounds__(kThreads) error_kernel(ErrorCall call) {
     if (threadIdx.x == 0) call.sse[row] = 0.0f;
     return;
   }
-  const int64_t b = row / call.patches;
+  const int b = row / call.patches;
   const Patch patch =
       patch_at(call.offsets, call.mask, call.patches, call.length, b, row % call.patches);
   const int count = patch.count();
@@ -81,6 +83,7 @@ void linear_mse_epilogue_cuda(Tensor predictions, std::optional<Tensor> bias, Te
   if (predictions.size(0) == 0) return;
   torch::stable::accelerator::DeviceGuard guard(predictions.get_device_index());
   check_dense_rows(target, kOp, "target");
+  STD_TORCH_CHECK(sse.size(0) < int64_t{1} << 31, kOp, ": features must have fewer than 2^31 rows");
   ErrorCall call = {};
   call.predictions = predictions.mutable_data_ptr<float>();
   call.bias = bias ? bias->const_data_ptr() : nullptr;
@@ -89,8 +92,8 @@ void linear_mse_epilogue_cuda(Tensor predictions, std::optional<Tensor> bias, Te
   call.mask = mask ? mask->const_data_ptr<bool>() : nullptr;
   call.scale = scale.const_data_ptr<float>();
   call.sse = sse.mutable_data_ptr<float>();
-  call.first = first;
-  call.patches = offsets.size(1) - 1;
+  call.first = static_cast<int>(first);
+  call.patches = static_cast<int>(offsets.size(1) - 1);
   call.length = target.size(1);
   call.columns = predictions.size(1);
   call.stride_sample = target.stride(0);

@@ -24,49 +24,48 @@ struct PatchCall {
   const void* rows;    // [C, width]
   const int32_t* offsets;
   const bool* mask;
-  int64_t first, patches, length, columns, width, stride_sample, stride_token;
+  int first, patches;
+  int64_t length, columns, width, stride_sample, stride_token;
   Kind kind;
 
   __device__ int64_t row() const { return blockIdx.x; }
-  __device__ int64_t sample() const { return (first + row()) / patches; }
-  __device__ int64_t index() const { return (first + row()) % patches; }
+  __device__ int patch_number() const { return first + static_cast<int>(blockIdx.x); }
+  __device__ int sample() const { return patch_number() / patches; }
+  __device__ int index() const { return patch_number() % patches; }
   __device__ Patch patch() const {
     return patch_at(offsets, mask, patches, length, sample(), index());
   }
 };
 
-// Words of 16 bytes, or of one element; a token or a slot is `words` of them.
+// A word is 16 bytes or one element; lengths and strides of the call count words.
 template <typename Word>
-__global__ void __launch_bounds__(kThreads) pack_kernel(PatchCall call, int words) {
+__global__ void __launch_bounds__(kThreads, 4) pack_kernel(PatchCall call) {
   const Patch patch = call.patch();
-  const int64_t held = call.columns / words;  // elements of a word
-  const int all = static_cast<int>(call.width / held);
-  const Word* sample =
-      static_cast<const Word*>(call.tokens) + call.sample() * call.stride_sample / held;
-  Word* to = static_cast<Word*>(const_cast<void*>(call.rows)) + call.row() * all;
-  for (int word = threadIdx.x; word < all; word += kThreads) {
-    const int token = patch.begin + word / words;
+  const int width = static_cast<int>(call.width), columns = static_cast<int>(call.columns);
+  const Word* sample = static_cast<const Word*>(call.tokens) + call.sample() * call.stride_sample;
+  Word* to = static_cast<Word*>(const_cast<void*>(call.rows)) + call.row() * call.width;
+  for (int word = threadIdx.x; word < width; word += kThreads) {
+    const int token = patch.begin + word / columns;
     const bool is_kept = token < patch.end && patch.holds(token);
-    to[word] = is_kept ? __ldg(sample + token * call.stride_token / held + word % words) : Word{};
+    to[word] = is_kept ? __ldg(sample + token * call.stride_token + word % columns) : Word{};
   }
 }
 
 template <typename Word>
-__global__ void __launch_bounds__(kThreads) unpack_kernel(PatchCall call, int words) {
+__global__ void __launch_bounds__(kThreads, 4) unpack_kernel(PatchCall call) {
   const Patch patch = call.patch();
-  const int64_t held = call.columns / words;
-  const Word* from = static_cast<const Word*>(call.rows) + call.row() * (call.width / held);
-  Word* sample = static_cast<Word*>(const_cast<void*>(call.tokens)) +
-                 call.sample() * call.stride_sample / held;
-  const int all = (patch.end - patch.begin) * words;
+  const int columns = static_cast<int>(call.columns), all = (patch.end - patch.begin) * columns;
+  const Word* from = static_cast<const Word*>(call.rows) + call.row() * call.width;
+  Word* sample =
+      static_cast<Word*>(const_cast<void*>(call.tokens)) + call.sample() * call.stride_sample;
   for (int word = threadIdx.x; word < all; word += kThreads) {
-    const int token = patch.begin + word / words;
-    sample[token * call.stride_token / held + word % words] =
+    const int token = patch.begin + word / columns;
+    sample[token * call.stride_token + word % columns] =
         patch.holds(token) ? __ldg(from + word) : Word{};
   }
 }
 
-__global__ void __launch_bounds__(kThreads) pool_kernel(PatchCall call) {
+__global__ void __launch_bounds__(kThreads, 4) pool_kernel(PatchCall call) {
   const Patch patch = call.patch();
   const int count = patch.count();
   const char* sample = static_cast<const char*>(call.tokens) +
@@ -77,10 +76,10 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(PatchCall call) {
 }
 
 // The first and the last patch of a sample also clear the tokens that lie in none.
-__global__ void __launch_bounds__(kThreads) unpool_kernel(PatchCall call) {
+__global__ void __launch_bounds__(kThreads, 4) unpool_kernel(PatchCall call) {
   const Patch patch = call.patch();
   const float share = 1.0f / static_cast<float>(max(patch.count(), 1));
-  const int64_t index = call.index();
+  const int index = call.index();
   const int low = index == 0 ? 0 : patch.begin;
   const int high = index == call.patches - 1 ? static_cast<int>(call.length) : patch.end;
   void* tokens = const_cast<void*>(call.tokens);
@@ -97,13 +96,15 @@ __global__ void __launch_bounds__(kThreads) unpool_kernel(PatchCall call) {
 PatchCall call_of(const Tensor& tokens, const Tensor& rows, const Tensor& offsets,
                   const std::optional<Tensor>& mask, int64_t first) {
   check_dense_rows(tokens, kOp, "student_stages");
+  STD_TORCH_CHECK(tokens.size(0) * (offsets.size(1) - 1) < int64_t{1} << 31, kOp,
+                  ": student_stages must have fewer than 2^31 patches");
   PatchCall call = {};
   call.tokens = tokens.const_data_ptr();
   call.rows = rows.const_data_ptr();
   call.offsets = offsets.const_data_ptr<int32_t>();
   call.mask = mask ? mask->const_data_ptr<bool>() : nullptr;
-  call.first = first;
-  call.patches = offsets.size(1) - 1;
+  call.first = static_cast<int>(first);
+  call.patches = static_cast<int>(offsets.size(1) - 1);
   call.length = tokens.size(1);
   call.columns = tokens.size(2);
   call.width = rows.size(1);
@@ -113,16 +114,18 @@ PatchCall call_of(const Tensor& tokens, const Tensor& rows, const Tensor& offset
   return call;
 }
 
-// body(word, words of a token): 16 bytes a word where every row begins and ends at such a multiple.
+// body(word, the call in words): 16 bytes a word where every row begins and ends at such a
+// multiple.
 template <typename Body>
-void with_words(const PatchCall& call, const Body& body) {
-  const int64_t bytes = bytes_of(call.kind);
+void with_words(PatchCall call, const Body& body) {
+  const int64_t bytes = bytes_of(call.kind), held = 16 / bytes;
   const bool is_whole = is_aligned16(call.tokens) && is_aligned16(call.rows) &&
-                        call.columns * bytes % 16 == 0 && call.stride_token * bytes % 16 == 0 &&
-                        call.stride_sample * bytes % 16 == 0;
-  if (is_whole) return body(uint4(), static_cast<int>(call.columns * bytes / 16));
-  if (bytes == 4) return body(uint32_t(), static_cast<int>(call.columns));
-  return body(uint16_t(), static_cast<int>(call.columns));
+                        call.columns % held == 0 && call.stride_token % held == 0 &&
+                        call.stride_sample % held == 0;
+  if (!is_whole) return bytes == 4 ? body(uint32_t(), call) : body(uint16_t(), call);
+  for (int64_t* length : {&call.columns, &call.width, &call.stride_sample, &call.stride_token})
+    *length /= held;
+  body(uint4(), call);
 }
 
 // rows [C, p H] <- patches first .. first + C of tokens [B, L, H].
@@ -132,9 +135,9 @@ void pack_patches_cuda(Tensor tokens, Tensor offsets, std::optional<Tensor> mask
   torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
   const PatchCall call = call_of(tokens, rows, offsets, mask, first);
   const cudaStream_t stream = current_stream(tokens.get_device_index());
-  with_words(call, [&](auto word, int words) {
+  with_words(call, [&](auto word, const PatchCall& in_words) {
     pack_kernel<decltype(word)>
-        <<<static_cast<unsigned>(rows.size(0)), kThreads, 0, stream>>>(call, words);
+        <<<static_cast<unsigned>(rows.size(0)), kThreads, 0, stream>>>(in_words);
   });
   check_launch(kOp);
 }
@@ -146,9 +149,9 @@ void unpack_patches_cuda(Tensor rows, Tensor offsets, std::optional<Tensor> mask
   torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
   const PatchCall call = call_of(tokens, rows, offsets, mask, first);
   const cudaStream_t stream = current_stream(tokens.get_device_index());
-  with_words(call, [&](auto word, int words) {
+  with_words(call, [&](auto word, const PatchCall& in_words) {
     unpack_kernel<decltype(word)>
-        <<<static_cast<unsigned>(rows.size(0)), kThreads, 0, stream>>>(call, words);
+        <<<static_cast<unsigned>(rows.size(0)), kThreads, 0, stream>>>(in_words);
   });
   check_launch(kOp);
 }

@@ -24,9 +24,16 @@ struct Memory {
   static constexpr int kBytes = kOrderAt + kRows * RowStats::kBytes;
 };
 
+// Sums of 64 channels, of dK and dV, take 64 registers of a thread alone: fewer blocks leave it
+// more.
+template <int kWidth, int kStrips>
+constexpr int kBlocks = kWidth < 64    ? blocks_of(kStrips * kWarp)
+                        : kStrips == 4 ? 3
+                                       : 1;
+
 // A warp a strip of 16 keys; dQ of the block's queries tile by tile, by whichever warp.
 template <typename T, int kWidth, int kStrips>
-__global__ void __launch_bounds__(kStrips* kWarp, blocks_of(kStrips* kWarp))
+__global__ void __launch_bounds__(kStrips* kWarp, kBlocks<kWidth, kStrips>)
     small_backward_kernel(BackwardCall call) {
   using At = Memory<T, kWidth, kStrips>;
   constexpr int kPitch = At::kPitch, kScorePitch = At::kScorePitch, kTiles = kWidth / kTile;

@@ -49,7 +49,10 @@ def main() -> None:
             continue
         target = (out / relative).with_suffix(".cpp" if path.suffix == ".cu" else path.suffix)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(translate(path.read_text()))
+        text = translate(path.read_text())
+        # what has not changed keeps its date, and is not compiled again
+        if not target.exists() or target.read_text() != text:
+            target.write_text(text)
 
 
 if __name__ == "__main__":
