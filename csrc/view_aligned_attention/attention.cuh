@@ -13,7 +13,7 @@
 namespace deepfusion {
 inline namespace device {
 
-// Blocks of a multiprocessor that leave a thread 128 registers; no kernel needs more.
+// Blocks of a multiprocessor that leave a thread 128 registers.
 __host__ __device__ constexpr int blocks_of(int threads) {
   return 512 / threads;
 }
