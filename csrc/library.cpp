@@ -85,6 +85,9 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
       "bool needs_dhidden, bool needs_dgate_up, bool needs_ddown, bool needs_dweights) "
       "-> Tensor[]");
 
+  // bytes held beside torch's allocator
+  m.def("held_bytes(Tensor(a!) counts, bool restart) -> ()");
+
   // view_aligned_attention
   m.def(
       "pack_patches(Tensor tokens, Tensor offsets, Tensor? mask, int first, "
@@ -110,6 +113,11 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
       "int heads, bool causal, float scale, Tensor upstream, Tensor(a!) dqkv) -> ()");
 
   // view_aligned_attention on the CPU alone
+  m.def("stage_attention_delta(Tensor y, Tensor dy, int heads, Tensor(a!) delta) -> ()");
+  m.def(
+      "loss_rows(Tensor offsets, Tensor target_offsets, Tensor? mask, Tensor? target_mask, "
+      "int length, int target_length, int width, float[] stage_weights, Tensor(a!) valid, "
+      "Tensor(b!) scale, Tensor(c!) factor) -> bool");
   m.def("multiplies_rows(Tensor like) -> bool");
   m.def(
       "project_patches(Tensor[] stages, Tensor weight, Tensor bias, Tensor? patch_embedding, "

@@ -2,7 +2,7 @@
 // for a result of a hundred megabytes that takes a tenth of the time of the products that fill it.
 #pragma once
 
-#include "common/cpu_level.h"
+#include "common/held_bytes.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -20,8 +20,8 @@ namespace deepfusion::inline DF_LEVEL {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Blocks of whole large pages, best fit. Kept ones are marked as free to the kernel: it takes them
-// back when memory is short, and only then are they cleared again.
+// Blocks that begin at large pages, by exact size. Kept ones are marked as free to the kernel: it
+// takes them back when memory is short, and only then are they cleared again.
 class KeptMemory {
  public:
   static constexpr int64_t kPage = int64_t{2} << 20;
@@ -33,7 +33,8 @@ class KeptMemory {
     return *memory;
   }
 
-  static int64_t whole_pages(int64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+  // the tail of a block lies in small pages: a block is not larger than its tensors
+  static int64_t whole_pages(int64_t bytes) { return (bytes + 4095) / 4096 * 4096; }
 
 #if defined(__linux__)
   // Null if there is no memory. `bytes` are whole pages.
@@ -46,6 +47,7 @@ class KeptMemory {
         void* data = found->data;
         kept_.erase(std::next(found).base());
         kept_bytes_ -= bytes;
+        HeldBytes::add(bytes);
         return data;
       }
     }
@@ -57,10 +59,12 @@ class KeptMemory {
     if (data > begin) munmap(begin, data - begin);
     if (begin + kPage > data) munmap(data + bytes, begin + kPage - data);
     madvise(data, bytes, MADV_HUGEPAGE);
+    HeldBytes::add(bytes);
     return data;
   }
 
   void give(void* data, int64_t bytes) {
+    HeldBytes::add(-bytes);
     madvise(data, bytes, MADV_FREE);
     const std::lock_guard guard(lock_);
     kept_.push_back({data, bytes});

@@ -6,6 +6,7 @@
 // An element's sum does not depend on how the work is shared out.
 #pragma once
 
+#include "common/held_bytes.h"
 #include "common/pack.h"
 
 #include <cstdlib>
@@ -30,18 +31,24 @@ constexpr int64_t kMostPanels = 4;
 constexpr int64_t kStreamedBytes = int64_t{4} << 20;
 
 struct Free {
-  void operator()(void* memory) const { std::free(memory); }
+  int64_t bytes;
+  void operator()(void* memory) const {
+    std::free(memory);
+    HeldBytes::add(-bytes);
+  }
 };
 
 // `count` elements on a cache line's boundary, as panels want it.
 template <typename T>
 class Aligned {
  public:
-  explicit Aligned(int64_t count)
-      : memory_(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64)) {}
+  explicit Aligned(int64_t count) : Aligned(count, (count * int64_t{sizeof(T)} + 127) / 64 * 64) {}
   T* get() const { return static_cast<T*>(memory_.get()); }
 
  private:
+  Aligned(int64_t, int64_t bytes) : memory_(std::aligned_alloc(64, bytes), Free{bytes}) {
+    HeldBytes::add(bytes);
+  }
   std::unique_ptr<void, Free> memory_;
 };
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from . import native_impl
+
 Variant = Callable[[], object]
 
 
@@ -68,8 +70,9 @@ def _summary(times: list[float]) -> Timing:
 def peak_extra_bytes(variant: Variant, device: torch.device) -> int:
     """The most memory alive at once during a call beyond what was alive before it.
 
-    On CUDA the allocator's own peak; on the CPU the running sum of every allocation that torch's
-    allocator reports, those of native ops included.
+    On CUDA the allocator's own peak. On the CPU the largest running sum of what torch's allocator
+    reports, plus the most that our kernels held beside it (kept blocks in use, scratch): at most
+    too much, since the two need not be at their largest together.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -78,10 +81,12 @@ def peak_extra_bytes(variant: Variant, device: torch.device) -> int:
         variant()
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device) - before)
+    before, _ = native_impl.held_bytes(restart=True)
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         kept = variant()
+    held = native_impl.held_bytes()[1] - before
     del kept
     assert profile.profiler is not None, "the profiler has ended"
     results = profile.profiler.kineto_results
@@ -91,4 +96,4 @@ def peak_extra_bytes(variant: Variant, device: torch.device) -> int:
     for event in sorted(events, key=lambda e: e.start_ns()):
         alive += event.nbytes()
         peak = max(peak, alive)
-    return peak
+    return peak + held

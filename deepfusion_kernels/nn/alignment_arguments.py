@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checks import INTEGERS, expect, expect_option, expect_that
 from ..ops.shared import patches
+from ..ops.view_aligned_attention.loss_rows import checked_patches
 
 OP = "view_aligned_attention"
 MASKS = (torch.bool, *INTEGERS, torch.uint8)
@@ -166,25 +167,6 @@ def check_options(
 def check_stage_weights(weights: Sequence[float], stages: int) -> None:
     """Raises ValueError unless there is one weight a stage."""
     expect_that(len(weights) == stages, OP, "stage_weights", f"{stages} floats", len(weights))
-
-
-def checked_patches(
-    student_offsets: Tensor,
-    teacher_offsets: Tensor,
-    student_mask: Tensor | None,
-    teacher_mask: Tensor | None,
-    student_length: int,
-    teacher_length: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Both tables, checked, and which patches hold a valid token on both sides, [B, Q] bool."""
-    student = patches.checked_offsets(student_offsets, student_length, OP, "student_offsets")
-    valid = patches.counts(student, student_mask) > 0
-    if teacher_offsets is student_offsets and teacher_length == student_length:
-        if teacher_mask is not student_mask:
-            valid &= patches.counts(student, teacher_mask) > 0
-        return student, student, valid
-    teacher = patches.checked_offsets(teacher_offsets, teacher_length, OP, "teacher_offsets")
-    return student, teacher, valid & (patches.counts(teacher, teacher_mask) > 0)
 
 
 @torch.library.custom_op("deepfusion::valid_patches", mutates_args=())

@@ -31,7 +31,7 @@ from .alignment_arguments import (
     patch_tables,
     valid_patches,
 )
-from .alignment_node import aligned_loss
+from .alignment_node import joined_loss
 
 
 @autocast_door
@@ -92,8 +92,7 @@ def view_aligned_attention(
         return _with_features(*inputs, *tables, scales, *options, chosen)
     hidden = (*inputs[0], patch_weight, patch_bias, qkv_weight, patch_embedding, stage_embedding)
     needs = (any(wants(*hidden)), *wants(head_weight, head_bias))
-    loss: Tensor = aligned_loss(*inputs, *tables, scales, *options, *needs, chosen)[0]
-    return loss
+    return joined_loss(*inputs[:2], parameters, *tables, scales, *options, *needs, chosen)
 
 
 def _with_features(

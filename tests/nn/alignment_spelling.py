@@ -1,11 +1,18 @@
 """View-aligned attention from torch's own functions, in the dtype of its inputs, and its inputs."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Store = Callable[[str, Tensor], Tensor]
+
+
+def nowhere(_: str, value: Tensor) -> Tensor:
+    return value
 
 
 def pooled(tokens: Tensor, offsets: Tensor, keep: Tensor) -> Tensor:
@@ -20,12 +27,17 @@ def pooled(tokens: Tensor, offsets: Tensor, keep: Tensor) -> Tensor:
 
 
 def attention(
-    features: Tensor, qkv_weight: Tensor, heads: int, causal: bool, valid: Tensor
+    features: Tensor,
+    qkv_weight: Tensor,
+    heads: int,
+    causal: bool,
+    valid: Tensor,
+    store: Store = nowhere,
 ) -> Tensor:
     """F.scaled_dot_product_attention with an explicit [P, P] mask; features [B, S, Q, D]."""
     B, S, Q, D = features.shape
-    qkv = F.linear(features.flatten(1, 2), qkv_weight).view(B, S * Q, 3, heads, D // heads)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    qkv = store("qkv", F.linear(features.flatten(1, 2), qkv_weight))
+    q, k, v = qkv.view(B, S * Q, 3, heads, D // heads).permute(2, 0, 3, 1, 4)
     patch = torch.arange(Q).repeat(S)
     seen = valid.repeat(1, S)[:, None, :].expand(B, S * Q, S * Q)
     if causal:
@@ -55,7 +67,9 @@ def feature_loss(
     patch_embedding: Tensor | None = None,
     stage_embedding: Tensor | None = None,
     target_norm: bool = False,
+    store: Store = nowhere,
 ) -> Tensor:
+    """`store` sees what a kernel keeps in memory in between, by name."""
     (B, T, H), p = student_stages[0].shape, patch_size
     keep = torch.ones(B, T, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     even = torch.arange(0, T + p, p).clamp(max=T).expand(B, -1)
@@ -69,19 +83,21 @@ def feature_loss(
     for j, stage in enumerate(student_stages):
         clean = torch.where(keep[:, :, None], stage, 0)
         if patchify == "pool":
-            row = F.linear(pooled(clean, cuts, keep), patch_weight[j], patch_bias[j])
+            means = store("means", pooled(clean, cuts, keep))
+            row = F.linear(means, patch_weight[j], patch_bias[j])
         else:
             kernel = patch_weight[j].view(-1, p, H).permute(0, 2, 1)
             clean = F.pad(clean, (0, 0, 0, -T % p)).transpose(1, 2)
             row = F.conv1d(clean, kernel, patch_bias[j], stride=p).transpose(1, 2)
         row = row if patch_embedding is None else row + patch_embedding
         rows.append(row if stage_embedding is None else row + stage_embedding[j])
-    y = attention(torch.stack(rows, 1), qkv_weight, num_heads, causal, valid)
+    x = store("x", torch.stack(rows, 1))
+    y = store("y", attention(x, qkv_weight, num_heads, causal, valid, store))
     loss = torch.zeros((), dtype=torch.float64 if y.dtype == torch.float64 else torch.float32)
     for j, target in enumerate(teacher_stages):
         goal = pooled(torch.where(goal_keep[:, :, None], target, 0), goal_cuts, goal_keep)
         goal = F.layer_norm(goal, goal.shape[-1:], eps=1e-6) if target_norm else goal
-        prediction = F.linear(y[:, j], head_weight[j], head_bias[j])
+        prediction = store("prediction", F.linear(y[:, j], head_weight[j], head_bias[j]))
         if valid.any():
             loss = loss + F.mse_loss(prediction[valid].to(loss.dtype), goal[valid].to(loss.dtype))
     return loss

@@ -95,8 +95,8 @@ def test_opcheck_of_the_joined_op(backend) -> None:
 
 def test_no_predictions_and_no_pooled_targets_in_memory() -> None:
     """Beyond the gradients: less than one tensor of predictions, B P M elements."""
-    given = draw(torch.float32, B=4, T=256, J=2, H=16, M=2048, D=16, p=1, heads=2, patchify="pool")
-    predictions = 4 * 4 * 256 * 2 * 2048
+    given = draw(torch.float32, B=8, T=256, J=2, H=16, M=2048, D=16, p=1, heads=2, patchify="pool")
+    predictions = 4 * 8 * 256 * 2 * 2048
     for name in PARAMETERS:
         given[name].requires_grad_()
 

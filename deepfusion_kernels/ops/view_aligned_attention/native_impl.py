@@ -232,3 +232,40 @@ def attention_backward(
         scale, upstream.to(lse_BHP.dtype), dqkv,
     )  # fmt: skip
     return dqkv
+
+
+def row_delta(y_SBQD: Tensor, dy_SBQD: Tensor, num_heads: int) -> Tensor:
+    """rowsum(dY * Y) of every head, [B, H, P]."""
+    S, B, Q, _ = y_SBQD.shape
+    delta = y_SBQD.new_empty(B, num_heads, S * Q, dtype=patches.wide_dtype(y_SBQD.dtype))
+    torch.ops.deepfusion_native.stage_attention_delta(
+        y_SBQD.contiguous(), dy_SBQD.contiguous(), num_heads, delta
+    )
+    return delta
+
+
+def loss_rows(
+    offsets_BQ1: Tensor,
+    target_offsets: Tensor,
+    mask_BL: Tensor | None,
+    target_mask: Tensor | None,
+    length: int,
+    target_length: int,
+    width: int,
+    stage_weights: Sequence[float],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """Both tables, v, c and the factor; None where a table must be refused."""
+    is_shared = target_offsets is offsets_BQ1
+    offsets_BQ1 = offsets_BQ1.contiguous()
+    target_offsets = offsets_BQ1 if is_shared else target_offsets.contiguous()
+    (B, cuts), S = offsets_BQ1.shape, len(stage_weights)
+    valid = offsets_BQ1.new_empty(B, cuts - 1, dtype=torch.bool)
+    scale = offsets_BQ1.new_empty(S, B * (cuts - 1), dtype=dtype)
+    factor = offsets_BQ1.new_empty((), dtype=dtype)
+    masks = [None if mask is None else mask.ne(0).contiguous() for mask in (mask_BL, target_mask)]
+    fits = torch.ops.deepfusion_native.loss_rows(
+        offsets_BQ1, target_offsets, *masks, length, target_length, width, list(stage_weights),
+        valid, scale, factor,
+    )  # fmt: skip
+    return (offsets_BQ1, target_offsets, valid, scale, factor) if fits else None

@@ -88,8 +88,10 @@ def check_weights(
         expect(bias, op, "qkv_bias", "3D", dtype=features.dtype, like=features, **{"3D": 3 * D})
 
 
-def row_delta(y_SBQD: Tensor, dy_SBQD: Tensor, num_heads: int) -> Tensor:
+def row_delta(y_SBQD: Tensor, dy_SBQD: Tensor, num_heads: int, backend: str) -> Tensor:
     """rowsum(dY * Y) of every head, [B, H, P] in float32 (float64 for float64)."""
+    if IMPLS[backend] is native_impl:
+        return native_impl.row_delta(y_SBQD, dy_SBQD, num_heads)
     S, B, Q, D = y_SBQD.shape
     wide = patches.wide_dtype(y_SBQD.dtype)
     products = y_SBQD.to(wide) * dy_SBQD
@@ -166,7 +168,7 @@ def _attention_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dfeatures, dqkv_weight, dqkv_bias; what is not needed is an empty tensor."""
-    delta_BHP = row_delta(y_SBQD, dy_SBQD, num_heads)
+    delta_BHP = row_delta(y_SBQD, dy_SBQD, num_heads, backend)
     dqkv = IMPLS[backend].attention_backward(
         qkv, lse_BHP, dy_SBQD, delta_BHP, valid_BQ, num_heads, causal, scale,
         lse_BHP.new_ones(()),
