@@ -61,7 +61,7 @@ def test_bad_offsets_are_refused_on_the_cpu(cuts, backend) -> None:
 def test_unknown_backend_and_second_derivative(backend) -> None:
     given = draw(torch.float32)
     with pytest.raises(NotImplementedError, match="no such backend"):
-        view_aligned_attention(**given, backend="cuda")
+        view_aligned_attention(**given, backend="quack")
     leaf = given["qkv_weight"].requires_grad_()
     loss = view_aligned_attention(**given, backend=backend)
     (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
