@@ -16,28 +16,41 @@ def _slope_of_slope(gate, activation):
     return torch.autograd.grad(activate(gate, activation)[1].sum(), gate)[0]
 
 
+def _times(weights, rows, ids):
+    """weights[e] row of every slot with an expert e, zeros for the others: [T, K, *]."""
+    out = rows.new_zeros(*ids.shape, weights.shape[1])
+    for expert, weight in enumerate(weights):
+        out[ids == expert] = rows[ids == expert] @ weight.T
+    return out
+
+
+def _summed(left, right, ids, like):
+    """sum of left right^T over each expert's slots."""
+    out = torch.zeros_like(like)
+    for expert in range(len(like)):
+        out[expert] = left[ids == expert].T @ right[ids == expert]
+    return out
+
+
 def bounds(inputs, dout, activation, dtype):
     """The largest error of the output and of each gradient, by name; inputs in float64."""
     e = UNIT[dtype]
-    x, w = (inputs[name].detach() for name in ("hidden", "weights"))
-    gate_up, down = (inputs[name].detach() for name in ("gate_up_proj", "down_proj"))
-    ids = inputs["experts"].long()
-    E = gate_up.shape[0]
-    is_real = (ids >= 0) & (ids < E)
-    W1, W2 = (each[ids.where(is_real, 0)] for each in (gate_up, down))
-    w = torch.where(is_real, w, 0)[..., None]
-    hot = torch.nn.functional.one_hot(ids.where(is_real, E), E + 1)[..., :E].double()
+    W1, W2 = (inputs[name].detach() for name in ("gate_up_proj", "down_proj"))
+    ids = inputs["experts"]
+    is_real = ((ids >= 0) & (ids < len(W1)))[..., None]
+    w = torch.where(is_real, inputs["weights"].detach()[..., None], 0)
+    x, dout = (
+        each.detach()[:, None].expand(-1, ids.shape[1], -1) for each in (inputs["hidden"], dout)
+    )
 
-    h = torch.einsum("tkfd,td->tkf", W1, x)
-    gate, up = h.chunk(2, -1)
+    gate, up = _times(W1, x, ids).chunk(2, -1)
     gate_off, up_off = e * gate.abs(), e * up.abs()
     value, slope = activate(gate, activation)
     a = value * up
     a_of_h = (slope * up).abs() * gate_off + value.abs() * up_off
-    y = torch.einsum("tkdf,tkf->tkd", W2, a)
-    y_off = torch.einsum("tkdf,tkf->tkd", W2.abs(), a_of_h + e * a.abs()) + e * y.abs()
+    y_off = _times(W2.abs(), a_of_h + e * a.abs(), ids) + e * _times(W2, a, ids).abs()
 
-    product = torch.einsum("tkdf,td->tkf", W2, dout)
+    product = _times(W2.transpose(1, 2), dout, ids)
     da, da_off = w * product, e * (w * product).abs()
     dgate, dup = da * up * slope, da * value
     bend = _slope_of_slope(gate, activation)
@@ -45,16 +58,16 @@ def bounds(inputs, dout, activation, dtype):
     dgate_off += (da * up * bend).abs() * gate_off + e * dgate.abs()
     dup_off = value.abs() * da_off + (da * slope).abs() * gate_off + e * dup.abs()
     dh, dh_off = torch.cat([dgate, dup], -1), torch.cat([dgate_off, dup_off], -1)
-    rows = torch.einsum("tkfd,tkf->tkd", W1, dh)
-    rows_off = torch.einsum("tkfd,tkf->tkd", W1.abs(), dh_off) + e * rows.abs()
+    back = W1.transpose(1, 2)
+    rows_off = _times(back.abs(), dh_off, ids) + e * _times(back, dh, ids).abs()
     scaled_off = w.abs() * a_of_h + e * (w * a).abs()
     dw_off = (e * product * a).abs() + product.abs() * a_of_h
     return {
         "out": (w.abs() * y_off).sum(1),
-        "hidden": (rows_off * is_real[..., None]).sum(1),
-        "gate_up_proj": torch.einsum("tke,tkf,td->efd", hot, dh_off, x.abs()),
-        "down_proj": torch.einsum("tke,td,tkf->edf", hot, dout.abs(), scaled_off),
-        "weights": torch.where(is_real, dw_off.sum(-1), 0),
+        "hidden": rows_off.sum(1),
+        "gate_up_proj": _summed(dh_off, x.abs(), ids, W1),
+        "down_proj": _summed(dout.abs(), scaled_off, ids, W2),
+        "weights": dw_off.sum(-1),
     }
 
 
