@@ -28,9 +28,9 @@ struct Memory {
   static constexpr int kBytes = kStripAt + kStrips * OfStrip::kBytes;
 };
 
-// Sums of 128 channels take 64 registers of a thread alone: three blocks leave it 168.
+// Sums of 128 channels take 64 registers of a thread alone: fewer blocks leave it more.
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kStrips* kWarp, kWidth == 128 ? 3 : blocks_of(kStrips * kWarp))
+__global__ void __launch_bounds__(kStrips* kWarp, kWidth == 128 ? 2 : blocks_of(kStrips * kWarp))
     flash_forward_kernel(ForwardCall call) {
   using At = Memory<T, kWidth>;
   constexpr int kKeys = At::kKeys, kPitch = pitch_of<T>(kWidth);
