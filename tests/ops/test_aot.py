@@ -60,7 +60,7 @@ def schemas_of(stem: str) -> list[str]:
     text = (ROOT / "csrc" / "library.cpp").read_text()
     block = re.search(rf"// {stem}\n(.*?)(?=\n  // |\n\}}\n)", text, re.DOTALL)
     assert block, f"csrc/library.cpp has no comment {stem}"
-    return re.findall(r'"(\w+)\(', block[1])
+    return re.findall(r'm\.def\(\s*"(\w+)\(', block[1])
 
 
 @pytest.mark.skipif(not (_native.HAS_CUDA and HAS_TRITON), reason="built without nvcc")
@@ -89,11 +89,9 @@ def test_cuda_objects_use_no_local_memory() -> None:
 
 
 @pytest.mark.skipif(not (_native.HAS_CUDA and HAS_TRITON), reason="built without nvcc")
-@pytest.mark.parametrize("target", ["sm_80", "sm_120"])
-def test_attention_multiplies_on_tensor_cores(target: str) -> None:
-    """The oldest and the newest: every kernel of two-byte floats, and none of float32."""
-    if target.removeprefix("sm_") not in re.findall(r"\d+", _native.BUILD["cuda_archs"]):
-        pytest.skip(f"not built for {target}")
+def test_attention_multiplies_on_tensor_cores() -> None:
+    """Every kernel of two-byte floats, and none of float32; of one target, as the tool is slow."""
+    target = f"sm_{_native.BUILD['cuda_archs'].split(',')[0].removesuffix('-real')}"
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     library = Path(deepfusion_kernels.__file__).with_name("_ops.so")
     command = [tool, "-arch", target, "--dump-sass", library]
