@@ -184,6 +184,7 @@ def test_server_killed_in_each_stage_ends_in_the_same_mixture(
             300,
             f"serve reaches {name}",
         )
+        assert process.poll() is None, (fed.folder / f"serve-{name}.out").read_text()
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     last = serve(fed, "serve-last.out")
