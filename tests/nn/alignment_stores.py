@@ -27,10 +27,14 @@ STORES = {
 }
 
 
+def _half_unit(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest error that rounding to dtype can make."""
+    return UNIT[dtype] * 2.0 ** (value.frexp().exponent.double() - 1)
+
+
 def _half_unit_off(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """The largest error that rounding to dtype can make, to the side that it does make."""
-    half_unit = UNIT[dtype] * 2.0 ** (value.frexp().exponent.double() - 1)
-    return value + half_unit * (value.to(dtype).double() - value).sign()
+    """With that error, to the side on which rounding falls."""
+    return value + _half_unit(value, dtype) * (value.to(dtype).double() - value).sign()
 
 
 class _Rounded(torch.autograd.Function):
@@ -48,7 +52,7 @@ def rounding_floors(given: dict[str, Any], dtype: torch.dtype) -> list[Tensor]:
     """For every gradient: the largest effects of all stores, and the result's own rounding."""
     exact = cast(given, torch.float64)
     _, law = run(feature_loss, exact)
-    floors = [UNIT[dtype] / 2 * gradient.abs().max() for gradient in law]
+    floors = [_half_unit(gradient.abs().max(), dtype) for gradient in law]
     for place, is_forward in STORES.values():
 
         def store(name: str, value: Tensor, at: str = place, way: bool = is_forward) -> Tensor:
