@@ -66,10 +66,8 @@ def eager_fused_linear_kl_distillation(
     if teacher_hidden is None or teacher_weight is None:
         return ce_weight * F.cross_entropy(student.float(), labels)
     teacher = teacher_hidden @ teacher_weight.T
-    loss = eager_kl_distillation(student, teacher, **options)
-    if ce_weight:
-        loss = kd_weight * loss + ce_weight * F.cross_entropy(student.float(), labels)
-    return loss
+    options["ce_weight"] = ce_weight / kd_weight
+    return kd_weight * eager_kl_distillation(student, teacher, labels, **options)
 
 
 def eager_topk_kl_distillation(
