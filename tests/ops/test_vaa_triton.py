@@ -170,6 +170,19 @@ def problem(dtype: torch.dtype, B: int, S: int, Q: int, E: int, heads: int) -> d
     return given | {"patch_mask": mask}
 
 
+def assert_attention(shape: tuple[Any, ...], backend: str) -> None:
+    """Forward and every gradient within budget; a last sample that sees nothing is 0."""
+    *sizes, causal = shape
+    given = problem(*sizes) | {"causal": causal}
+    ours, plain = attend(given, backend), attend(given, "eager")
+    truth = attend(cast(given, torch.float64), "reference")
+    dtype = given["features"].dtype
+    for name, *values in zip(("Y", "dX", "dWqkv"), ours, plain, truth, strict=True):
+        floor = 1.5 * UNIT[dtype] * values[2].abs().max() if dtype in HALF else None
+        assert_within_budget(*values, name, floor)
+    assert not ours[0][-1].any() or len(ours[0]) == 1
+
+
 SHAPES = {
     "P32": (torch.float32, 2, 4, 8, 16, 2, False),
     "P33": (torch.float32, 2, 3, 11, 16, 2, True),
@@ -185,15 +198,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attention_within_budget(shape: str, backend: str) -> None:
     """Both kernels, causal or not, a sample that sees nothing, every size of a head."""
-    *sizes, causal = SHAPES[shape]
-    given = problem(*sizes) | {"causal": causal}
-    ours, plain = attend(given, backend), attend(given, "eager")
-    truth = attend(cast(given, torch.float64), "reference")
-    dtype = given["features"].dtype
-    for name, *values in zip(("Y", "dX", "dWqkv"), ours, plain, truth, strict=True):
-        floor = 1.5 * UNIT[dtype] * values[2].abs().max() if dtype in HALF else None
-        assert_within_budget(*values, name, floor)
-    assert not ours[0][-1].any() or len(ours[0]) == 1
+    assert_attention(SHAPES[shape], backend)
 
 
 def test_whole_heads_and_tiles_agree(backend: str, monkeypatch) -> None:
