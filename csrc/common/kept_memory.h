@@ -20,8 +20,10 @@ namespace deepfusion::inline DF_LEVEL {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Blocks that begin at large pages, by exact size. Kept ones are marked as free to the kernel: it
-// takes them back when memory is short, and only then are they cleared again.
+// Blocks that begin at large pages, in eight sizes an octave: batches differ by rows, and a block
+// for each number of them would fill the memory. No more is kept than was ever in use at once. Kept
+// blocks are marked as free to the kernel: it takes them back when memory is short, and only then
+// are they cleared again.
 class KeptMemory {
  public:
   static constexpr int64_t kPage = int64_t{2} << 20;
@@ -33,44 +35,39 @@ class KeptMemory {
     return *memory;
   }
 
-  // the tail of a block lies in small pages: a block is not larger than its tensors
+  // what tensors of so many bytes touch of a block: the rest of it has no pages
   static int64_t whole_pages(int64_t bytes) { return (bytes + 4095) / 4096 * 4096; }
+
+  static int64_t block_bytes(int64_t bytes) {
+    int64_t step = 4096;
+    while (step * 16 <= bytes) step *= 2;
+    return (bytes + step - 1) / step * step;
+  }
 
 #if defined(__linux__)
   // Null if there is no memory. `bytes` are whole pages.
   void* take(int64_t bytes) {
-    {
-      const std::lock_guard guard(lock_);
-      const auto found = std::find_if(kept_.rbegin(), kept_.rend(),
-                                      [&](const Block& block) { return block.bytes == bytes; });
-      if (found != kept_.rend()) {
-        void* data = found->data;
-        kept_.erase(std::next(found).base());
-        kept_bytes_ -= bytes;
-        HeldBytes::add(bytes);
-        return data;
-      }
-    }
-    void* mapped = mmap(nullptr, bytes + kPage, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (mapped == MAP_FAILED) return nullptr;
-    char* begin = static_cast<char*>(mapped);
-    char* data = begin + (kPage - reinterpret_cast<uintptr_t>(begin) % kPage) % kPage;
-    if (data > begin) munmap(begin, data - begin);
-    if (begin + kPage > data) munmap(data + bytes, begin + kPage - data);
-    madvise(data, bytes, MADV_HUGEPAGE);
+    const int64_t size = block_bytes(bytes);
+    void* data = reuse(size);
+    if (!data) data = map(size);
+    if (!data) return nullptr;
     HeldBytes::add(bytes);
+    const std::lock_guard guard(lock_);
+    used_bytes_ += size;
+    most_used_ = std::max(most_used_, used_bytes_);
     return data;
   }
 
   void give(void* data, int64_t bytes) {
+    const int64_t size = block_bytes(bytes);
     HeldBytes::add(-bytes);
     madvise(data, bytes, MADV_FREE);
     const std::lock_guard guard(lock_);
-    kept_.push_back({data, bytes});
-    kept_bytes_ += bytes;
+    used_bytes_ -= size;
+    kept_.push_back({data, size});
+    kept_bytes_ += size;
     // oldest first: sizes that nobody asks for any more
-    while (kept_bytes_ > kMostKept) {
+    while (kept_bytes_ > std::min(kMostKept, most_used_)) {
       munmap(kept_.front().data, kept_.front().bytes);
       kept_bytes_ -= kept_.front().bytes;
       kept_.erase(kept_.begin());
@@ -83,9 +80,38 @@ class KeptMemory {
     void* data;
     int64_t bytes;
   };
+
+#if defined(__linux__)
+  // the block of this size that was freed last, or null
+  void* reuse(int64_t size) {
+    const std::lock_guard guard(lock_);
+    const auto found = std::find_if(kept_.rbegin(), kept_.rend(),
+                                    [&](const Block& block) { return block.bytes == size; });
+    if (found == kept_.rend()) return nullptr;
+    void* data = found->data;
+    kept_.erase(std::next(found).base());
+    kept_bytes_ -= size;
+    return data;
+  }
+
+  static void* map(int64_t size) {
+    void* mapped = mmap(nullptr, size + kPage, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapped == MAP_FAILED) return nullptr;
+    char* begin = static_cast<char*>(mapped);
+    char* data = begin + (kPage - reinterpret_cast<uintptr_t>(begin) % kPage) % kPage;
+    if (data > begin) munmap(begin, data - begin);
+    if (begin + kPage > data) munmap(data + size, begin + kPage - data);
+    madvise(data, size, MADV_HUGEPAGE);
+    return data;
+  }
+#endif
+
   std::mutex lock_;
   std::vector<Block> kept_;
   int64_t kept_bytes_ = 0;
+  int64_t used_bytes_ = 0;
+  int64_t most_used_ = 0;
 };
 
 // An uninitialised tensor on the CPU. Small ones come from torch, whose allocator keeps them.

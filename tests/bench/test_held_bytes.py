@@ -1,5 +1,8 @@
 """Memory that our kernels keep beside torch's allocator is counted, and given back."""
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -32,3 +35,26 @@ def test_a_kept_block_counts_while_it_is_in_use() -> None:
     assert held_bytes()[0] == before
     assert held_bytes(restart=True) == (before, before)
     assert peak_extra_bytes(call, torch.device("cpu")) >= LARGE
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc: memory is not told")
+def test_calls_of_many_sizes_keep_no_more_than_one_used() -> None:
+    if not _native.HAS_CPU:
+        pytest.skip("built without the native library")
+    E, F, D = 2, 1024, 16
+    gate_up, down = torch.randn(E, 2 * F, D), torch.randn(E, D, F)
+
+    def mapped() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+    def call(tokens: int) -> None:
+        hidden = torch.randn(tokens, D, requires_grad=True)
+        experts = torch.arange(tokens)[:, None] % E
+        moe_experts(hidden, gate_up, down, experts, torch.ones(tokens, 1), backend="cpu")
+
+    call(1024)
+    before = mapped()
+    # 64 sizes from 4 to 8 MiB, 378 MiB in all
+    for tokens in range(512, 1024, 8):
+        call(tokens)
+    assert mapped() - before < 64 << 20
