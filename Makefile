@@ -19,8 +19,9 @@ DEMO_BUILD := $(if $(GPU)$(wildcard .stamps/build),.stamps/build,.stamps/build-c
 demo: $(DEMO_BUILD)
 	$(BIN)/deepfusion run examples/demo.toml $(if $(DATA),--set data.source=files --set data.path=$(DATA) --set run.output=runs/demo-files)
 
+# A file of tests to a process, in order: the driver's long ones begin. Waiting threads sleep, since processes share the cores.
 test: .stamps/test .stamps/build lint ctest
-	$(BIN)/python -m pytest tests --durations=15
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations=15
 
 # Real servers and devices on loopback, killed, starved and lied to: minutes of waiting for clocks.
 test-network: .stamps/test .stamps/build
