@@ -14,8 +14,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from . import files
 
@@ -165,107 +164,3 @@ def _is_whole(path: Path, facts: Mapping[str, Any]) -> bool:
         and path.stat().st_size == facts["bytes"]
         and files.sha256_of(path) == facts["sha256"]
     )
-
-
-class StepCheckpoint:
-    """The state of a long stage every `every` steps: kill it, run again: the same bits."""
-
-    def __init__(self, path: Path, every: int) -> None:
-        self.path = path
-        self.every = every
-
-    def due(self, step: int) -> bool:
-        """Whether to save after `step` finished steps."""
-        return self.every > 0 and step % self.every == 0
-
-    def save(
-        self,
-        step: int,
-        modules: Mapping[str, nn.Module],
-        optimizers: Sequence[Optimizer] = (),
-        generators: Mapping[str, torch.Generator] | None = None,
-        facts: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Write weights, optimizer states, random states and facts after `step` finished steps."""
-        tensors = {f"rng.{name}": one.get_state() for name, one in (generators or {}).items()}
-        tensors["rng"] = torch.get_rng_state()
-        for name, module in modules.items():
-            tensors |= {f"module.{name}.{key}": value for key, value in module.state_dict().items()}
-        scalars = []
-        for index, optimizer in enumerate(optimizers):
-            moved, kept = _split_optimizer(optimizer, f"optimizer.{index}")
-            tensors |= moved
-            scalars.append(kept)
-        save_state(
-            self.path, tensors, {"step": step, "optimizers": scalars, "facts": dict(facts or {})}
-        )
-
-    def restore(
-        self,
-        modules: Mapping[str, nn.Module],
-        optimizers: Sequence[Optimizer] = (),
-        generators: Mapping[str, torch.Generator] | None = None,
-    ) -> int:
-        """Put everything back; return the number of finished steps, 0 where nothing was saved."""
-        if not self.path.exists():
-            return 0
-        tensors, saved = load_state(self.path)
-        for name, module in modules.items():
-            prefix = f"module.{name}."
-            module.load_state_dict(
-                {
-                    key.removeprefix(prefix): value
-                    for key, value in tensors.items()
-                    if key.startswith(prefix)
-                }
-            )
-        for index, (optimizer, kept) in enumerate(
-            zip(optimizers, saved["optimizers"], strict=True)
-        ):
-            optimizer.load_state_dict(_join_optimizer(tensors, kept, f"optimizer.{index}"))
-        for name, one in (generators or {}).items():
-            one.set_state(tensors[f"rng.{name}"])
-        torch.set_rng_state(tensors["rng"])
-        return int(saved["step"])
-
-    def facts(self) -> dict[str, Any]:
-        """The facts of the last save; empty where nothing was saved."""
-        if not self.path.exists():
-            return {}
-        facts: dict[str, Any] = load_state(self.path)[1]["facts"]
-        return facts
-
-    def remove(self) -> None:
-        """Forget the checkpoint once the stage's output is on disk."""
-        files.remove(self.path)
-
-
-def _split_optimizer(optimizer: Optimizer, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    state = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    for parameter, values in state["state"].items():
-        scalars[str(parameter)] = {}
-        for key, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"{prefix}.{parameter}.{key}"] = value
-            else:
-                scalars[str(parameter)][key] = value
-    return tensors, {"groups": state["param_groups"], "state": scalars}
-
-
-def _join_optimizer(
-    tensors: Mapping[str, Tensor], kept: Mapping[str, Any], prefix: str
-) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {
-        int(index): dict(values) for index, values in kept["state"].items()
-    }
-    for name, value in tensors.items():
-        if name.startswith(prefix + "."):
-            index, key = name.removeprefix(prefix + ".").split(".", 1)
-            state[int(index)][key] = value
-    groups = [
-        {key: tuple(value) if key == "betas" else value for key, value in group.items()}
-        for group in kept["groups"]
-    ]
-    return {"state": state, "param_groups": groups}

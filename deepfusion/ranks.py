@@ -53,6 +53,14 @@ class Alone:
         """A whole tensor sharded as `like`."""
         return tensor
 
+    def held(self, tensor: Tensor) -> Tensor:
+        """What this process holds of a tensor."""
+        return tensor
+
+    def spread(self, held: Tensor, like: Tensor) -> Tensor:
+        """`held` of every process as one tensor sharded as `like`."""
+        return held
+
     def whole(self, model: Any) -> Any:
         """The model as it was before `shard`, with what it has learned."""
         return model

@@ -18,10 +18,11 @@ from typing import Any, Literal
 import torch
 
 from . import files
-from .checkpoints import StageStore, StepCheckpoint
+from .checkpoints import StageStore
 from .config import Config
 from .metrics import Recorder, stage_timer
 from .ranks import ALONE, Alone
+from .step_checkpoint import StepCheckpoint
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 Facts = Mapping[str, Any]
@@ -114,12 +115,10 @@ class Run:
     def _own(self) -> Path:
         return self.folder / "ranks" / f"{self.ranks.rank}.jsonl"
 
-    def checkpoint(self, name: str, every: int, together: bool = False) -> StepCheckpoint | None:
-        """Where a long stage keeps its state between steps; nowhere if several processes do it
-        together: killed, it begins again."""
-        if together and self.ranks.size > 1:
-            return None
-        return StepCheckpoint(self.folder / "steps" / f"{name}.safetensors", every)
+    def checkpoint(self, name: str, every: int, together: bool = False) -> StepCheckpoint:
+        """Where a long stage keeps its state between steps; `together`: of all processes."""
+        path = self.folder / "steps" / f"{name}.safetensors"
+        return StepCheckpoint(path, every, self.ranks if together else ALONE)
 
     def write(self, name: str, facts: Any) -> None:
         """A JSON file of the run folder, whole or not at all."""

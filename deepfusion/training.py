@@ -15,13 +15,13 @@ from torch.optim import AdamW, Optimizer
 
 from deepfusion_kernels import fused_linear_kl_distillation, orthogonalise
 
-from .checkpoints import StepCheckpoint
 from .config_tables import TrainingConfig
 from .data.batches import Packed, stream
 from .metrics import Recorder, progress
 from .models import build
 from .ranks import ALONE, Alone
 from .seeding import seed_for
+from .step_checkpoint import StepCheckpoint
 
 # Moonlight (arXiv 2502.16982): root mean square of an update as AdamW's, so that one lr serves both
 _ADAMW_RMS = 0.2

@@ -27,6 +27,7 @@ DRIVER_FLOORS = (
     ("config", "config_tables", "config_recipes", "config_rules", "files", "seeding", "metrics")
     + ("messages", "plots", "ranks"),
     ("models", "data", "wire", "checkpoints", "ledger"),
+    ("step_checkpoint",),
     ("training", "stages"),
     ("device", "server", "report", "report_privacy", "report_trust"),
     ("asked", "library", "uploads"),

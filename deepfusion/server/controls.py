@@ -11,11 +11,11 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from ..checkpoints import StepCheckpoint
 from ..config import Config
 from ..config_tables import DistillConfig, MergeConfig, TrainingConfig, TuneConfig
 from ..data.batches import Packed
 from ..metrics import Recorder
+from ..step_checkpoint import StepCheckpoint
 from .lessons import teach
 from .teaching import Teacher, Teaching
 from .tune import STREAM, lessons_of, train_mixture

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..checkpoints import StepCheckpoint
 from ..config_tables import DistillConfig, MergeConfig, TuneConfig
 from ..data.batches import Packed
 from ..metrics import Recorder
 from ..ranks import ALONE, Alone
+from ..step_checkpoint import StepCheckpoint
 from .teaching import Teacher, Teaching
 from .tune import train_mixture
 from .views import make_views

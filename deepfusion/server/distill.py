@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import StepCheckpoint
 from ..config_tables import DistillConfig
 from ..data.batches import Packed
 from ..metrics import Recorder
+from ..step_checkpoint import StepCheckpoint
 from .affinity import sampling_weights
 from .bridge import Bridge
 from .lessons import Lessons, teach

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from .. import seeding
-from ..checkpoints import StepCheckpoint
 from ..config_tables import TrainingConfig
 from ..data.batches import Packed, rows
 from ..metrics import Recorder
 from ..ranks import ALONE, Alone
+from ..step_checkpoint import StepCheckpoint
 from ..training import make_optimizer, matrices_of, train_steps
 from .teaching import Teaching
 
@@ -59,7 +59,7 @@ def teach(
     """
     ids_SL = lessons.sequences.ids
     ranks.shard(teaching.student)
-    resumed = checkpoint is not None and checkpoint.path.exists()
+    resumed = checkpoint is not None and checkpoint.saved() is not None
     if views_steps and teaching.stages and not resumed:
         _warm_views(teaching, lessons, config, seed, views_steps, stage, recorder, ranks)
 

@@ -123,6 +123,21 @@ class Ranks(Alone):
         everywhere = DTensor.from_local(tensor, like.device_mesh, [Replicate()], run_check=False)
         return everywhere.redistribute(placements=like.placements)
 
+    def held(self, tensor: Tensor) -> Tensor:
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def spread(self, held: Tensor, like: Tensor) -> Tensor:
+        if not isinstance(like, DTensor) or held.ndim == 0:
+            return held
+        return DTensor.from_local(
+            held,
+            like.device_mesh,
+            like.placements,
+            run_check=False,
+            shape=like.shape,
+            stride=like.stride(),
+        )
+
     def whole(self, model: Any) -> Any:
         """In the first process a model on the CPU with the gathered weights, elsewhere the same."""
         state: dict[str, Tensor] = {}

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import StepCheckpoint
 from ..config_tables import MergeConfig, TuneConfig
 from ..data.batches import Packed
 from ..metrics import Recorder
 from ..models import experts
 from ..ranks import ALONE, Alone
+from ..step_checkpoint import StepCheckpoint
 from .affinity import balanced_weights, best_teacher
 from .agreement import agreed
 from .fused import fused_experts

@@ -4,7 +4,9 @@ A small mixture taught by two proxies, as recipe "direct" does it, by however ma
 are; the first writes what it learned.
 """
 
+import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,7 +19,8 @@ from deepfusion.ranks import Alone
 from deepfusion.server.direct import direct
 from deepfusion.server.merge import merge
 from deepfusion.server.shard import ranks
-from tests.driver.tiny import text, tiny
+from deepfusion.step_checkpoint import StepCheckpoint
+from tests.driver.tiny import Killed, killing, text, tiny
 
 STAGES, STEPS = 2, 4
 MERGE = MergeConfig(top_k=2, router_init="normal")
@@ -41,7 +44,12 @@ def start(optimizer: str) -> torch.nn.Module:
     return mixture
 
 
-def train(together: Alone, recorder: Recorder, optimizer: str) -> torch.nn.Module:
+def train(
+    together: Alone,
+    recorder: Recorder,
+    optimizer: str,
+    checkpoint: StepCheckpoint | None = None,
+) -> torch.nn.Module:
     sequences = text(16, domains=2)
     # the third of three sequences has no teacher
     affinity = torch.eye(2)[sequences.domain] - (torch.arange(16) % 3 == 2)[:, None] * 2.0
@@ -55,8 +63,28 @@ def train(together: Alone, recorder: Recorder, optimizer: str) -> torch.nn.Modul
         MERGE,
         7,
         recorder=recorder,
+        checkpoint=checkpoint,
         ranks=together,
     )
+
+
+def killed_and_resumed(together: Alone, folder: Path, optimizer: str) -> torch.nn.Module:
+    """Saved after two steps, killed in the fourth; one process had already saved the next step."""
+    checkpoint = StepCheckpoint(folder / f"{optimizer}.safetensors", 2, together)
+    recorder = Recorder(None)
+    with killing(recorder, "direct", 3), suppress(Killed):
+        train(together, recorder, optimizer, checkpoint)
+    saved = checkpoint.saved()
+    assert saved is not None
+    together.wait()
+    if together.first:
+        shutil.copy(saved, saved.with_name(saved.name.replace(".2.", ".4.")))
+    together.wait()
+    recorder = Recorder(None)
+    resumed = train(together, recorder, optimizer, checkpoint)
+    assert [line["step"] for line in recorder.lines("direct")] == [2, 3]
+    checkpoint.remove()
+    return resumed
 
 
 def main(folder: Path) -> None:
@@ -68,6 +96,10 @@ def main(folder: Path) -> None:
         learned = train(together, recorder, optimizer)
         if together.first:
             save_state(folder / f"{name}.safetensors", build.state_of(learned))
+        if together.size > 1:
+            resumed = killed_and_resumed(together, folder, optimizer)
+            if together.first:
+                save_state(folder / f"{name}-resumed.safetensors", build.state_of(resumed))
     try:
         together.part(torch.arange(3))
     except ValueError as refusal:

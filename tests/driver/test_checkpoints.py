@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from deepfusion import files
 from deepfusion.checkpoints import (
     StageStore,
-    StepCheckpoint,
     find_ties,
     load_state,
     save_model,
     save_state,
 )
+from deepfusion.step_checkpoint import StepCheckpoint
 
 
 def test_state_round_trip_keeps_ties_and_facts(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from deepfusion.checkpoints import StepCheckpoint
 from deepfusion.config import Config
 from deepfusion.config_tables import (
     DistillConfig,
@@ -22,6 +21,7 @@ from deepfusion.server.controls import centralised_control, dense_control, serve
 from deepfusion.server.direct import direct
 from deepfusion.server.merge import merge
 from deepfusion.server.router_init import RouterText
+from deepfusion.step_checkpoint import StepCheckpoint
 
 from .tiny import Killed, assert_same, copy_of, killing, logits, text, tiny
 

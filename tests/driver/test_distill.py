@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deepfusion.checkpoints import StepCheckpoint
 from deepfusion.config_tables import DistillConfig
 from deepfusion.data.batches import rows
 from deepfusion.metrics import Recorder
@@ -18,6 +17,7 @@ from deepfusion.seeding import seed_for
 from deepfusion.server.distill import distill
 from deepfusion.server.teaching import Teaching, backend_of
 from deepfusion.server.views import LinearViews, make_views, pooled
+from deepfusion.step_checkpoint import StepCheckpoint
 from deepfusion.training import cross_entropy, make_optimizer, matrices_of, train_steps
 
 from .tiny import LENGTH, Killed, assert_same, copy_of, killing, logits, text, tiny

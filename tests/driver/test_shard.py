@@ -34,7 +34,7 @@ def test_one_process_is_alone() -> None:
 
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     """Features, KL, router supervision, clipping, both optimisers; a head of its own or tied; and
-    a batch that cannot be shared out is refused."""
+    a batch that cannot be shared out is refused; killed and begun again, the same bits."""
     sharded_training.main(tmp_path)
     done = torchrun("tests.driver.sharded_training", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -60,6 +60,8 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
         for name in one:
             moved = (one[name] - before[name]).norm()
             assert (two[name] - one[name]).norm() <= bound * moved, name
+        assert_same(load_state(tmp_path / f"{optimizer}-2-resumed.safetensors")[0], two)
+    assert not list(tmp_path.glob("*-of-2.safetensors"))
 
 
 @pytest.fixture(scope="module")

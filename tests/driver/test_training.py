@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deepfusion.checkpoints import StepCheckpoint
 from deepfusion.config_tables import TrainingConfig
 from deepfusion.metrics import Recorder
 from deepfusion.models import build, moe
+from deepfusion.step_checkpoint import StepCheckpoint
 from deepfusion.training import (
     Muon,
     cross_entropy,

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from deepfusion.checkpoints import StepCheckpoint
 from deepfusion.config_tables import MergeConfig, TuneConfig
 from deepfusion.metrics import Recorder
 from deepfusion.models import build, experts
 from deepfusion.server.merge import merge
 from deepfusion.server.router import RouterTap
 from deepfusion.server.tune import freeze, lessons_of, tune
+from deepfusion.step_checkpoint import StepCheckpoint
 from deepfusion.training import make_optimizer, matrices_of
 
 from .tiny import LENGTH, Killed, assert_same, copy_of, killing, logits, text, tiny
