@@ -20,4 +20,4 @@ cd "$build/package"
 runtime() { gcc -print-file-name="$1"; }
 LD_PRELOAD="$(runtime libasan.so) $(runtime libubsan.so) $(runtime libstdc++.so.6)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TRITON_INTERPRET=0 \
-  "$PY" -m pytest -q -x tests/ops -k "cpu and not compile" -p no:cacheprovider
+  "$PY" -m pytest -q -x tests/ops tests/nn -k "cpu and not compile" -p no:cacheprovider

@@ -67,7 +67,7 @@ class Rows {
     for_rows(cut.count() * rows, 16, [&](int64_t task) {
       const int64_t j = task / rows, r = task % rows;
       thread_local std::vector<float> mean;
-      mean.resize(width);
+      mean.resize((width + 15) / 16 * 16);  // store_row reads whole lanes
       pool_row(base_[j] + r / patches_ * sample_[j], cut.stages[j].stride(1), cut.patch(r), width,
                mean.data());
       store_row(mean.data(), width, means_.get() + task * width);
