@@ -143,4 +143,7 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
   m.def(
       "orthogonalise(Tensor matrices, Tensor(a!) out, int rounds, float a, float b, float c) -> "
       "()");
+  m.def(
+      "muon_step(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] momenta, int rounds, "
+      "float a, float b, float c, float momentum, float rate, float decay) -> ()");
 }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from deepfusion_kernels import fused_linear_kl_distillation, orthogonalise
+from deepfusion_kernels import fused_linear_kl_distillation, muon_step, orthogonalise
 
 from .config_tables import TrainingConfig
 from .data.batches import Packed, stream
@@ -28,7 +28,7 @@ _ADAMW_RMS = 0.2
 
 
 class Muon(Optimizer):
-    """torch.optim.Muon's update on stacks of equal matrices, all of one shape at once.
+    """torch.optim.Muon's update of all matrices in one call.
 
     Parameters [.., A, B]: a 3-D one is a stack of expert matrices, each orthogonalised by itself.
     """
@@ -49,34 +49,27 @@ class Muon(Optimizer):
         """One update of every parameter that has a gradient."""
         assert closure is None, "Muon takes no closure"
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_shape.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in by_shape.items():
-                like = parameters[0]
-                ahead = torch.empty(len(parameters), *shape, dtype=like.dtype, device=like.device)
-                for parameter, row in zip(parameters, ahead, strict=True):
-                    self._look_ahead(parameter, group["momentum"], row)
-                rate = -group["lr"] * _ADAMW_RMS * math.sqrt(max(shape[-2:]))
-                ahead = ahead.to(torch.promote_types(ahead.dtype, torch.float32))
-                for parameter, update in zip(parameters, orthogonalise(ahead), strict=True):
-                    if group["weight_decay"]:
-                        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(self.ranks.scattered(update, parameter), alpha=rate)
+            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+            gradients = [parameter.grad for parameter in moved]
+            momenta = [self._momentum(parameter) for parameter in moved]
+            if self.ranks.size == 1:
+                settings = {name: group[name] for name in ("lr", "momentum", "weight_decay")}
+                muon_step(moved, gradients, momenta, rms=_ADAMW_RMS, **settings)
+                continue
+            for parameter, gradient, momentum in zip(moved, gradients, momenta, strict=True):
+                momentum.lerp_(gradient, 1 - group["momentum"])
+                ahead = torch.lerp(gradient, momentum, group["momentum"])
+                update = orthogonalise(self.ranks.gathered(ahead).float())
+                rate = group["lr"] * _ADAMW_RMS * math.sqrt(max(parameter.shape[-2:]))
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(self.ranks.scattered(update, parameter), alpha=-rate)
 
-    def _look_ahead(self, parameter: nn.Parameter, momentum: float, out: Tensor) -> None:
-        """Nesterov: the mean of the gradients, one step further."""
+    def _momentum(self, parameter: nn.Parameter) -> Tensor:
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        assert parameter.grad is not None, "only parameters with a gradient are moved"
-        state["momentum"].lerp_(parameter.grad, 1 - momentum)
-        if self.ranks.size == 1:
-            torch.lerp(parameter.grad, state["momentum"], momentum, out=out)
-        else:
-            ahead = torch.lerp(parameter.grad, state["momentum"], momentum)
-            out.copy_(self.ranks.gathered(ahead))
+        found: Tensor = state["momentum"]
+        return found
 
 
 def matrices_of(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -21,6 +21,7 @@ from .ops.moe_dispatch.op import moe_plan as moe_plan
 from .ops.moe_experts.op import moe_experts as moe_experts
 from .ops.moe_routing.op import Routing as Routing
 from .ops.moe_routing.op import moe_route as moe_route
+from .ops.orthogonalise.op import muon_step as muon_step
 from .ops.orthogonalise.op import orthogonalise as orthogonalise
 from .ops.shared.moe_plan import DispatchPlan as DispatchPlan
 from .ops.topk_kl.op import topk_kl_distillation as topk_kl_distillation

@@ -177,14 +177,16 @@ def test_balance_loss_evens_the_load() -> None:
         moe = mixture()
         for router in experts.routers(moe):
             router.get_parameter("weight").data.mul_(40)
-        tuned(replace(SHORT, steps=30, lr=1e-2, balance_loss_weight=weight), moe)
+        # AdamW: Muon's bfloat16 rounds make the toy's load a matter of last bits
+        config = replace(SHORT, steps=30, lr=1e-2, optimizer="adamw", balance_loss_weight=weight)
+        tuned(config, moe)
         with RouterTap(moe) as tap:
             logits(moe, text().ids)
         return max(
             float(torch.bincount(e.flatten(), minlength=3).double().std()) for e in tap.experts
         )
 
-    assert unevenness(5.0) < 0.7 * unevenness(0.0)
+    assert unevenness(5.0) < 0.5 * unevenness(0.0)
 
 
 def test_one_expert_per_token_needs_a_router_loss() -> None:

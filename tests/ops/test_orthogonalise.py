@@ -1,10 +1,10 @@
-"""Newton-Schulz rounds: the law, torch's own spelling, shapes, edges."""
+"""Newton-Schulz rounds, Muon's step: the law, torch's own spelling, shapes, edges."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from deepfusion_kernels import orthogonalise
+from deepfusion_kernels import muon_step, orthogonalise
 from deepfusion_kernels.catalog import CATALOG
 from deepfusion_kernels.ops.orthogonalise.reference import QUINTIC
 from tests.budget import assert_within_budget
@@ -13,8 +13,8 @@ STEM = "orthogonalise"
 SHAPES = [(3, 5, 9), (2, 33, 7), (2, 17, 17), (1, 1, 1), (2, 40, 100), (4, 96, 64), (1, 31, 257)]
 
 
-def stack(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(3))
+def stack(*shape: int, seed: int = 3) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def as_torch_does(matrices: Tensor) -> Tensor:
@@ -104,6 +104,104 @@ def test_native_declines_float64() -> None:
 
 def test_every_case_of_the_catalog_runs_within_its_shape(backend) -> None:
     for case in CATALOG[STEM].cases:
-        if case.quick:
+        if case.quick and case.door == "orthogonalise":
             given = case.make(torch.device("cpu"), torch.float32, 0)
             assert orthogonalise(**given, backend=backend).shape == given["matrices"].shape
+
+
+STACKS = [(12, 40), (3, 40, 12), (9, 9), (2, 2, 12, 40), (0, 5, 7)]
+SETTINGS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}
+Triple = tuple[list[Tensor], list[Tensor], list[Tensor]]
+
+
+def before(*shapes: tuple[int, ...]) -> Triple:
+    """Parameters, gradients and momenta."""
+    one, two, three = (
+        [stack(*s, seed=n + role) for n, s in enumerate(shapes)] for role in (1, 40, 80)
+    )
+    return one, two, three
+
+
+def double(triple: Triple) -> Triple:
+    one, two, three = ([tensor.double() for tensor in part] for part in triple)
+    return one, two, three
+
+
+def test_step_within_budget(backend, poisoned_memory) -> None:
+    ours, truth, begun = before(*STACKS), double(before(*STACKS)), before(*STACKS)[0]
+    for _ in range(3):
+        muon_step(*ours, **SETTINGS, backend=backend)
+        muon_step(*truth, **SETTINGS, backend="reference")
+    for n, shape in enumerate(STACKS):
+        eager = eager_steps(*(part[n] for part in before(*STACKS)), repeats=3)
+        if 0 in shape:
+            continue
+        moved = [one.double() - begun[n].double() for one in (ours[0][n], eager[0], truth[0][n])]
+        # the floor of the directions, three times over
+        assert_within_budget(*moved, f"p{shape}", 3 * 2**-5 * moved[2].abs().max())
+        assert_within_budget(ours[2][n], eager[1], truth[2][n], f"m{shape}")
+
+
+def eager_steps(
+    parameter: Tensor, gradient: Tensor, momentum: Tensor, repeats: int
+) -> tuple[Tensor, Tensor]:
+    """torch.optim.Muon, every matrix a parameter of its own; (parameter, momentum)."""
+    shape = parameter.shape
+    flat = [one.reshape(-1, *shape[-2:]) for one in (parameter, gradient, momentum)]
+    for one, slope, mean in zip(*flat, strict=True):
+        leaf = torch.nn.Parameter(one)
+        leaf.grad = slope
+        optimizer = torch.optim.Muon([leaf], **SETTINGS, adjust_lr_fn="match_rms_adamw")
+        optimizer.state[leaf]["momentum_buffer"] = mean
+        for _ in range(repeats):
+            optimizer.step()
+    return flat[0].view(shape), flat[2].view(shape)
+
+
+def test_step_does_not_depend_on_its_company(backend) -> None:
+    together, alone = before(*STACKS), before(*STACKS)
+    muon_step(*together, **SETTINGS, backend=backend)
+    for one in zip(*alone, strict=True):
+        muon_step(*([tensor] for tensor in one), **SETTINGS, backend=backend)
+    for part, other in zip(together, alone, strict=True):
+        assert all(torch.equal(one, two) for one, two in zip(part, other, strict=True))
+
+
+def test_step_of_strided_gradients_and_of_nothing(backend) -> None:
+    (parameter,), (gradient,), (momentum,) = before((3, 12, 40))
+    strided = torch.empty(12, 3, 40).transpose(0, 1).copy_(gradient)
+    other = parameter.clone(), gradient, momentum.clone()
+    muon_step([parameter], [strided], [momentum], lr=0.01, backend=backend)
+    muon_step(*([tensor] for tensor in other), lr=0.01, backend=backend)
+    assert torch.equal(parameter, other[0])
+    assert torch.equal(momentum, other[2])
+    muon_step([], [], [], lr=0.01, backend=backend)
+
+
+def test_step_moves_leaves_and_is_seen_by_autograd(backend) -> None:
+    leaf = torch.nn.Parameter(stack(6, 8))
+    square = (leaf * leaf).sum()
+    muon_step([leaf], [stack(6, 8, seed=4)], [torch.zeros(6, 8)], lr=0.01, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"gradients": []}, "gradients must be 1 tensors, one a parameter, got 0"),
+        ({"momenta": [torch.ones(4, 3)]}, r"momenta must be \[3, 4\], got \[4, 3\]"),
+        ({"gradients": [torch.ones(3, 4).double()]}, "gradients must have dtype float32"),
+        ({"parameters": [torch.ones(4)]}, r"every parameter must be \[..., A, B\]"),
+    ],
+)
+def test_step_refuses(change: dict[str, list[Tensor]], said: str) -> None:
+    given = {name: [torch.ones(3, 4)] for name in ("parameters", "gradients", "momenta")}
+    with pytest.raises(ValueError, match=f"muon_step: {said}"):
+        muon_step(**given | change, lr=0.1)
+
+
+def test_native_step_declines_strided_parameters() -> None:
+    turned, plain = torch.ones(4, 3).t(), torch.ones(3, 4)
+    with pytest.raises(NotImplementedError, match="contiguous parameters"):
+        muon_step([turned], [plain], [plain.clone()], lr=0.1, backend="cpu")

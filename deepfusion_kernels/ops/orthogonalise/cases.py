@@ -1,4 +1,4 @@
-"""Stacks of matrices: odd ones for tests, the demo's mixture for timing."""
+"""Stacks of matrices, and steps along them: odd ones for tests, the demo's mixture for timing."""
 
 from __future__ import annotations
 
@@ -19,18 +19,42 @@ def _make(N: int, A: int, B: int) -> Make:
     return make
 
 
-def _case(name: str, N: int, A: int, B: int) -> Case:
+def _products(A: int, B: int) -> int:
+    """Of one matrix; G and G G are symmetric: half of each."""
     short, long = min(A, B), max(A, B)
-    # G and G G are symmetric: half of each
-    products = short * short * long + short**3 + 2 * short * short * long
+    return ROUNDS * (short * short * long + short**3 + 2 * short * short * long)
+
+
+def _case(name: str, N: int, A: int, B: int) -> Case:
     return Case(
         name=name,
         door="orthogonalise",
         make=_make(N, A, B),
         # in and out, in float32 whatever the products are
         bytes_moved=lambda itemsize: 8 * N * A * B,
-        flops=ROUNDS * N * products,
+        flops=N * _products(A, B),
         quick=N * A * B <= 4096,
+    )
+
+
+def _step_case(name: str, *stacks: tuple[int, int, int]) -> Case:
+    def make(device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+        draw = torch.Generator().manual_seed(seed)
+        found: dict[str, Any] = {
+            role: [torch.randn(shape, generator=draw).to(device) for shape in stacks]
+            for role in ("parameters", "gradients", "momenta")
+        }
+        return {**found, "lr": 0.01, "weight_decay": 0.1}
+
+    elements = sum(N * A * B for N, A, B in stacks)
+    return Case(
+        name=name,
+        door="muon_step",
+        make=make,
+        # a gradient in, a parameter and a momentum in and out
+        bytes_moved=lambda itemsize: 20 * elements,
+        flops=sum(N * _products(A, B) for N, A, B in stacks),
+        quick=elements <= 4096,
     )
 
 
@@ -41,4 +65,5 @@ CASES: tuple[Case, ...] = (
     _case("experts-up", 16, 1024, 192),
     _case("experts-down", 16, 192, 512),
     _case("attention", 16, 192, 192),
+    _step_case("tiny-step", (3, 5, 9), (1, 33, 7), (2, 5, 9)),
 )
