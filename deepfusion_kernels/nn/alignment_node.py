@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..ops.shared import patches
+from .alignment_arguments import is_watched
 from .alignment_steps import gradients, loss_and_kept
 
-PLAIN = (Tensor, nn.Parameter)
 aligned_loss = torch.library.custom_op(
     "deepfusion::view_aligned_attention", loss_and_kept, mutates_args=()
 )
@@ -182,22 +182,12 @@ class _Plain(torch.autograd.Function):
         return (None, *parameters, *dstages)
 
 
-def _is_watched(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a graph is traced, or a mode, transform or subclass sees operations of its own."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or any(tensor is not None and type(tensor) not in PLAIN for tensor in tensors)
-    )
-
-
 def joined_loss(
     stages: list[Tensor], targets: list[Tensor], parameters: Sequence[Tensor | None], *rest: Any
 ) -> Tensor:
     """The loss of `aligned_loss`: through the opaque op wherever somebody looks on."""
     loss: Tensor
-    if _is_watched((*stages, *targets, *parameters)):
+    if is_watched((*stages, *targets, *parameters)):
         loss = aligned_loss(stages, targets, *parameters, *rest)[0]
     else:
         loss = _Plain.apply((targets, *rest), *parameters, *stages)  # type: ignore[no-untyped-call]
