@@ -127,6 +127,19 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
       "project_patches_backward(Tensor[] stages, Tensor weight, Tensor dx, Tensor offsets, "
       "Tensor? mask, int patch_size, int[] needs_stages, bool needs_weight) -> Tensor[]");
 
+  m.def(
+      "joined_forward(Tensor[] stages, Tensor weight, Tensor bias, Tensor qkv_weight, "
+      "Tensor? patch_embedding, Tensor? stage_embedding, Tensor offsets, Tensor target_offsets, "
+      "Tensor? mask, Tensor? target_mask, int target_length, int width, float[] stage_weights, "
+      "int heads, int patch_size, bool causal, float scale) -> Tensor[]");
+  m.def(
+      "joined_loss(Tensor scale, Tensor sse, Tensor factor, Tensor y, Tensor dy, int heads) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "joined_backward(Tensor upstream, Tensor[] kept, Tensor[] stages, Tensor weight, "
+      "Tensor qkv_weight, Tensor offsets, Tensor? mask, int heads, int patch_size, bool causal, "
+      "float scale, int[] needs) -> Tensor[]");
+
   // fused_linear_mse
   m.def(
       "linear_mse_epilogue(Tensor(a!) predictions, Tensor? bias, Tensor target, Tensor offsets, "
@@ -135,8 +148,8 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
   // fused_linear_mse on the CPU alone
   m.def(
       "linear_mse_stages(Tensor y, Tensor weight, Tensor? bias, Tensor[] targets, Tensor offsets, "
-      "Tensor? mask, Tensor scale, bool target_norm, int chunk_rows, Tensor(a!) sse, "
-      "Tensor(b!)? dy, Tensor(c!)? dweight, Tensor(d!)? dbias) -> ()");
+      "Tensor? mask, Tensor scale, bool target_norm, int chunk_rows, bool needs_y, "
+      "bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("linear_mse_multiplies(Tensor like) -> bool");
 
   // orthogonalise

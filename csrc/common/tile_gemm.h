@@ -9,7 +9,8 @@
 #include <algorithm>
 #include <cstdint>
 
-namespace deepfusion::inline DF_LEVEL {
+// a namespace of its own: common/gemm.h calls other sizes by the same names
+namespace deepfusion::inline DF_LEVEL::tiles {
 
 #if defined(DF_LEVEL_avx512)
 constexpr int kVectorBytes = 64;
@@ -89,9 +90,17 @@ inline void tile_gemm(int64_t rows, int64_t width, int64_t depth, const W* a, in
   for (; column + kWidestVectors * kLanes <= width; column += kWidestVectors * kLanes)
     gemm_columns<kWidestVectors>(rows, depth, a, a_row, a_depth, b + column, b_row, c + column,
                                  c_row, accumulate);
+  for (; column + 2 * kLanes <= width; column += 2 * kLanes)
+    gemm_columns<2>(rows, depth, a, a_row, a_depth, b + column, b_row, c + column, c_row,
+                    accumulate);
   for (; column < width; column += kLanes)
     gemm_columns<1>(rows, depth, a, a_row, a_depth, b + column, b_row, c + column, c_row,
                     accumulate);
 }
 
+}  // namespace deepfusion::inline DF_LEVEL::tiles
+
+namespace deepfusion::inline DF_LEVEL {
+using tiles::padded;
+using tiles::tile_gemm;
 }  // namespace deepfusion::inline DF_LEVEL

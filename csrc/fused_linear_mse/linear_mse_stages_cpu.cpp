@@ -4,9 +4,10 @@
 //   R_n = U y_n + u - G_n    sse_n = |R_n|^2    E_n = 2 c_n R_n    dy_n = U^T E_n    dU = sum_n E_n
 //   y_n^T    du = sum_n E_n
 //
-// G_n is pooled from the target's tokens where the sums of a row's columns are at hand. A row of
-// scale c_n = 0 has E = 0 and its target is not read.
+// G_n is pooled from the target's tokens. A row of scale c_n = 0 has E = 0 and its target is not
+// read.
 #include "common/checks.h"
+#include "common/kept_group.h"
 #include "common/patches.h"
 #include "common/row_products.h"
 
@@ -34,11 +35,6 @@ constexpr float kNormEps = 1e-6f;
 constexpr int64_t kChunkErrors = int64_t{1} << 20;
 constexpr int64_t kLeastRows = 64;
 
-// What a target's row is shifted and scaled by.
-struct Norm {
-  float mean, scale;
-};
-
 template <typename T>
 struct Stages {
   int64_t J, N, M, D;
@@ -62,64 +58,58 @@ struct Stages {
   }
 };
 
-// One chunk of rows: errors [J, rows, M], and sums of squares by panel.
+// One chunk of rows: pooled targets and errors [J, rows, M], in float32 in one place; sums of
+// squares by panel.
 template <typename T>
 struct Chunk {
+  static constexpr bool kShared = std::is_same_v<T, float>;
   int64_t first, rows, panels;
+  Aligned<float> goals;
   Aligned<T> errors;
   Aligned<float> squares;
-  std::vector<Norm> norms;
 
   Chunk(const Stages<T>& of, int64_t limit)
       : first(0),
         rows(limit),
         panels((of.M + kColumns<T> - 1) / kColumns<T>),
-        errors(of.J * limit * of.M),
-        squares(of.J * limit * panels),
-        norms(of.target_norm ? of.J * limit : 0) {}
+        goals(of.J * limit * of.M),
+        errors(kShared ? 0 : of.J * limit * of.M),
+        squares(of.J * limit * panels) {}
   int64_t row(int64_t j, int64_t r) const { return j * rows + r; }
+  float* goal(const Stages<T>& of, int64_t j, int64_t r) const {
+    return goals.get() + row(j, r) * of.M;
+  }
   T* error(const Stages<T>& of, int64_t j, int64_t r) const {
-    return errors.get() + row(j, r) * of.M;
+    if constexpr (kShared)
+      return goal(of, j, r);
+    else
+      return errors.get() + row(j, r) * of.M;
   }
 };
 
-template <typename T>
-void find_norms(const Stages<T>& of, Chunk<T>& chunk) {
-  for_rows(of.J * chunk.rows, 8, [&](int64_t task) {
-    const int64_t j = task / chunk.rows, n = chunk.first + task % chunk.rows;
-    if (of.scale[j * of.N + n] == 0) return;
-    thread_local std::vector<float> goal;
-    goal.resize(of.M);
-    pool_row(of.tokens(j, n), of.targets[j].stride(1), of.patch(n), of.M, goal.data());
-    float sum = 0, squares = 0;
+// Layer normalisation without affine.
+inline void normalise(float* row, int64_t width) {
+  float sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t m = 0; m < of.M; ++m) sum += goal[m];
-    const float mean = sum / static_cast<float>(of.M);
+  for (int64_t m = 0; m < width; ++m) sum += row[m];
+  const float mean = sum / static_cast<float>(width);
 #pragma omp simd reduction(+ : squares)
-    for (int64_t m = 0; m < of.M; ++m) squares += (goal[m] - mean) * (goal[m] - mean);
-    chunk.norms[task] = {mean, 1.0f / std::sqrt(squares / static_cast<float>(of.M) + kNormEps)};
-  });
+  for (int64_t m = 0; m < width; ++m) squares += (row[m] - mean) * (row[m] - mean);
+  const float scale = 1.0f / std::sqrt(squares / static_cast<float>(width) + kNormEps);
+#pragma omp simd
+  for (int64_t m = 0; m < width; ++m) row[m] = (row[m] - mean) * scale;
 }
 
-// goal <- columns [column, column + count) of the pooled target of row n.
+// Whole rows in a pass of its own: the products wait for nothing that lies in memory.
 template <typename T>
-void pool_lanes(const Stages<T>& of, int64_t j, int64_t n, int64_t column, int64_t count,
-                float* goal) {
-  constexpr int64_t WIDTH = kColumns<T>;
-  const Patch patch = of.patch(n);
-  const T* tokens = of.tokens(j, n) + column;
-  const int64_t pitch = of.targets[j].stride(1);
-  std::fill_n(goal, WIDTH, 0.0f);
-  int64_t held = 0;
-  for (int64_t t = patch.begin; t < patch.end; ++t) {
-    if (!patch.holds(t)) continue;
-    ++held;
-    alignas(64) float lanes[WIDTH];
-    load_lanes<WIDTH>(tokens + t * pitch, count, lanes);
-    for (int64_t i = 0; i < WIDTH; ++i) goal[i] += lanes[i];
-  }
-  const float share = 1.0f / static_cast<float>(std::max<int64_t>(held, 1));
-  for (int64_t i = 0; i < WIDTH; ++i) goal[i] *= share;
+void find_goals(const Stages<T>& of, const Chunk<T>& chunk) {
+  for_rows(of.J * chunk.rows, 8, [&](int64_t task) {
+    const int64_t j = task / chunk.rows, r = task % chunk.rows, n = chunk.first + r;
+    if (of.scale[j * of.N + n] == 0) return;
+    float* goal = chunk.goal(of, j, r);
+    pool_row(of.tokens(j, n), of.targets[j].stride(1), of.patch(n), of.M, goal);
+    if (of.target_norm) normalise(goal, of.M);
+  });
 }
 
 template <typename T>
@@ -141,11 +131,7 @@ void find_errors(const Stages<T>& of, const Chunk<T>& chunk) {
           return;
         }
         alignas(64) float goal[WIDTH], error[WIDTH] = {};
-        pool_lanes(of, j, n, column, count, goal);
-        if (of.target_norm) {
-          const Norm norm = chunk.norms[chunk.row(j, r)];
-          for (int64_t i = 0; i < WIDTH; ++i) goal[i] = (goal[i] - norm.mean) * norm.scale;
-        }
+        load_lanes<WIDTH>(chunk.goal(of, j, r) + column, count, goal);
         if (of.bias) load_lanes<WIDTH>(of.bias + j * of.M + column, count, error);
         float total = 0;
 #pragma omp simd reduction(+ : total)
@@ -205,35 +191,44 @@ void run(const Stages<T>& of, int64_t chunk_rows) {
   Chunk<T> chunk(of, limit);
   for (; chunk.first < of.N; chunk.first += limit) {
     chunk.rows = std::min(limit, of.N - chunk.first);
-    if (of.target_norm) find_norms(of, chunk);
+    find_goals(of, chunk);
     find_errors(of, chunk);
     if (of.dy) find_dy(of, chunk);
     if (of.dweight) add_dweight(of, chunk);
   }
 }
 
-// y [J, N, D], weight [J, M, D], bias [J, M], targets J times [B, L, M], scale and sse [J, N];
-// dbias comes in zero.
-void linear_mse_stages_cpu(const Tensor& y, const Tensor& weight, std::optional<Tensor> bias,
-                           std::vector<Tensor> targets, const Tensor& offsets,
-                           std::optional<Tensor> mask, const Tensor& scale, bool target_norm,
-                           int64_t chunk_rows, Tensor sse, std::optional<Tensor> dy,
-                           std::optional<Tensor> dweight, std::optional<Tensor> dbias) {
+// y [J, N, D], weight [J, M, D], bias [J, M], targets J times [B, L, M], scale [J, N] to sse
+// [J, N], dy, dweight, dbias; what is not needed is an empty tensor.
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_mse_stages_cpu(
+    const Tensor& y, const Tensor& weight, std::optional<Tensor> bias, std::vector<Tensor> targets,
+    const Tensor& offsets, std::optional<Tensor> mask, const Tensor& scale, bool target_norm,
+    int64_t chunk_rows, bool needs_y, bool needs_weight, bool needs_bias) {
   for (const Tensor& target : targets) check_dense_rows(target, kOp, "target");
+  const int64_t J = y.size(0), N = y.size(1), D = y.size(2), M = weight.size(1);
+  KeptGroup memory(KeptGroup::room(needs_y ? y.numel() * y.element_size() : 0) +
+                   KeptGroup::room(needs_weight ? weight.numel() * int64_t{sizeof(float)} : 0));
+  const auto nothing = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
+  Tensor sse = torch::stable::new_empty(scale, {J, N}),
+         dy = needs_y ? memory.empty(y, {J, N, D}) : nothing(y),
+         dweight = needs_weight ? memory.empty(scale, {J, M, D}) : nothing(scale),
+         dbias = needs_bias ? torch::stable::new_empty(scale, {J, M}) : nothing(scale);
+  if (needs_bias) std::fill_n(dbias.mutable_data_ptr<float>(), J * M, 0.0f);
   const auto call = [&]<typename T>(T) {
     run<T>(
-        {y.size(0), y.size(1), weight.size(1), y.size(2), y.const_data_ptr<T>(),
-         weight.const_data_ptr<T>(), bias ? bias->const_data_ptr<T>() : nullptr, targets, offsets,
+        {J, N, M, D, y.const_data_ptr<T>(), weight.const_data_ptr<T>(),
+         bias ? bias->const_data_ptr<T>() : nullptr, targets, offsets,
          mask ? mask->const_data_ptr<bool>() : nullptr, scale.const_data_ptr<float>(), target_norm,
-         sse.mutable_data_ptr<float>(), dweight ? dweight->mutable_data_ptr<float>() : nullptr,
-         dbias ? dbias->mutable_data_ptr<float>() : nullptr,
-         dy ? dy->mutable_data_ptr<T>() : nullptr},
+         sse.mutable_data_ptr<float>(), needs_weight ? dweight.mutable_data_ptr<float>() : nullptr,
+         needs_bias ? dbias.mutable_data_ptr<float>() : nullptr,
+         needs_y ? dy.mutable_data_ptr<T>() : nullptr},
         chunk_rows);
   };
   if (y.scalar_type() == ScalarType::Float)
     call(float());
   else
     call(BFloat16());
+  return {sse, dy, dweight, dbias};
 }
 
 #endif

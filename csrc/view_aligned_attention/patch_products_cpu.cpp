@@ -1,19 +1,9 @@
-// The patch projection of all stages in one call each way, where rows are multiplied as they lie
-// (common/row_products.h): conv rows are read in place, pooled ones are means of a patch's tokens.
-//
-//   X_jr = W_j row_jr + c_j + st_j + pos_i        drow_jr = W_j^T dX_jr        dW_j = sum_r dX_jr
-//   row_jr^T
-#include "common/checks.h"
-#include "common/kept_group.h"
-#include "common/patches.h"
-#include "common/row_products.h"
-
-#include <vector>
+// The projection by itself: what `patch_projection` calls where rows are multiplied as they lie.
+#include "view_aligned_attention/patch_products.h"
 
 namespace {
 
 using namespace deepfusion;
-using torch::stable::Tensor;
 
 constexpr const char* kOp = "view_aligned_attention";
 
@@ -24,176 +14,6 @@ bool multiplies_rows_cpu(const Tensor& like) {
 }
 
 #if defined(DF_LEVEL_avx512)
-
-// stages [B, L, H]; p tokens a row, or means of patches if p is 0.
-struct Cut {
-  const std::vector<Tensor>& stages;
-  const Tensor& offsets;
-  const bool* mask;
-  int64_t p;
-  int64_t batch() const { return stages[0].size(0); }
-  int64_t length() const { return stages[0].size(1); }
-  int64_t channels() const { return stages[0].size(2); }
-  int64_t patches() const { return offsets.size(1) - 1; }
-  int64_t rows() const { return batch() * patches(); }
-  int64_t width() const { return channels() * std::max<int64_t>(p, 1); }
-  int64_t count() const { return static_cast<int64_t>(stages.size()); }
-  Patch patch(int64_t r) const {
-    return patch_at(offsets.const_data_ptr<int32_t>(), mask, patches(), length(), r / patches(),
-                    r % patches());
-  }
-};
-
-// Where the rows of every stage begin: in the stage, or in a buffer of means.
-template <typename T>
-class Rows {
- public:
-  explicit Rows(const Cut& cut)
-      : patches_(cut.patches()), means_(cut.p ? 0 : cut.count() * cut.rows() * cut.width()) {
-    for (const Tensor& stage : cut.stages) {
-      base_.push_back(stage.const_data_ptr<T>());
-      sample_.push_back(stage.stride(0));
-      row_.push_back(cut.p * stage.stride(1));
-    }
-    if (!cut.p) pool(cut);
-  }
-  const T* at(int64_t j, int64_t r) const {
-    return base_[j] + r / patches_ * sample_[j] + r % patches_ * row_[j];
-  }
-
- private:
-  void pool(const Cut& cut) {
-    const int64_t rows = cut.rows(), width = cut.width();
-    for_rows(cut.count() * rows, 16, [&](int64_t task) {
-      const int64_t j = task / rows, r = task % rows;
-      thread_local std::vector<float> mean;
-      mean.resize((width + 15) / 16 * 16);  // store_row reads whole lanes
-      pool_row(base_[j] + r / patches_ * sample_[j], cut.stages[j].stride(1), cut.patch(r), width,
-               mean.data());
-      store_row(mean.data(), width, means_.get() + task * width);
-    });
-    for (int64_t j = 0; j < cut.count(); ++j) {
-      base_[j] = means_.get() + j * rows * width;
-      sample_[j] = patches_ * width;
-      row_[j] = width;
-    }
-  }
-  static void store_row(const float* row, int64_t width, T* to) {
-    for (int64_t c = 0; c < width; c += 16)
-      store_lanes<16>(row + c, std::min<int64_t>(16, width - c), to + c);
-  }
-
-  int64_t patches_;
-  Aligned<T> means_;
-  std::vector<const T*> base_;
-  std::vector<int64_t> sample_, row_;
-};
-
-template <typename T>
-void project(const Cut& cut, const Tensor& weight, const Tensor& bias,
-             const std::optional<Tensor>& position, const std::optional<Tensor>& stage, Tensor& x) {
-  const Products of{cut.count(), cut.rows(), weight.size(1), cut.width()};
-  const Rows<T> rows(cut);
-  const T* c = bias.const_data_ptr<T>();
-  const T* pos = position ? position->const_data_ptr<T>() : nullptr;
-  const T* st = stage ? stage->const_data_ptr<T>() : nullptr;
-  T* out = x.mutable_data_ptr<T>();
-  const int64_t D = of.columns, patches = cut.patches();
-  multiply<T>(
-      of, [&](int64_t j, int64_t r) { return as_units<T>(rows.at(j, r)); }, 1,
-      ByRows<T>{weight.const_data_ptr<T>(), &of},
-      [&](int64_t j, int64_t r, int64_t column, int64_t count, const float* sums) {
-        constexpr int64_t WIDTH = kColumns<T>;
-        alignas(64) float lanes[WIDTH], more[WIDTH];
-        load_lanes<WIDTH>(c + j * D + column, count, lanes);
-        for (int64_t i = 0; i < WIDTH; ++i) lanes[i] += sums[i];
-        const auto add = [&](const T* row) {
-          load_lanes<WIDTH>(row + column, count, more);
-          for (int64_t i = 0; i < WIDTH; ++i) lanes[i] += more[i];
-        };
-        if (st) add(st + j * D);
-        if (pos) add(pos + r % patches * D);
-        store_lanes<WIDTH>(lanes, count, out + (j * of.rows + r) * D + column);
-      });
-}
-
-// Tokens of no patch get 0.
-template <typename T>
-void clear_outside(const Cut& cut, T* tokens) {
-  const int64_t length = cut.length(), width = cut.channels();
-  for_rows(cut.batch(), 1, [&](int64_t b) {
-    T* sample = tokens + b * length * width;
-    const int64_t last = (b + 1) * cut.patches() - 1;
-    std::fill(sample, sample + cut.patch(b * cut.patches()).begin * width, T(0));
-    std::fill(sample + cut.patch(last).end * width, sample + length * width, T(0));
-  });
-}
-
-// Lanes of a row of means to every token of its patch.
-template <typename T>
-void share_out(const Cut& cut, int64_t r, int64_t column, int64_t count, const float* sums,
-               bool streams, T* tokens) {
-  constexpr int64_t WIDTH = kColumns<T>;
-  const Patch patch = cut.patch(r);
-  const float share = 1.0f / static_cast<float>(std::max<int64_t>(patch.count(), 1));
-  alignas(64) float lanes[WIDTH], none[WIDTH] = {};
-  for (int64_t i = 0; i < WIDTH; ++i) lanes[i] = sums[i] * share;
-  T* sample = tokens + r / cut.patches() * cut.length() * cut.channels() + column;
-  for (int64_t t = patch.begin; t < patch.end; ++t)
-    put_lanes<T>(patch.holds(t) ? lanes : none, count, streams, sample + t * cut.channels());
-}
-
-// dF of the stages whose place is not null.
-template <typename T>
-void stage_gradients(const Cut& cut, const Tensor& weight, const Tensor& dx,
-                     const std::vector<T*>& places) {
-  std::vector<int64_t> wanted;
-  for (int64_t j = 0; j < cut.count(); ++j)
-    if (places[j]) wanted.push_back(j);
-  const int64_t D = weight.size(1), width = cut.width(), all = cut.rows();
-  const Products of{static_cast<int64_t>(wanted.size()), all, width, D};
-  const T* w = weight.const_data_ptr<T>();
-  const T* source = dx.const_data_ptr<T>();
-  const bool streams = of.count * all * width * int64_t{sizeof(T)} >= kStreamedBytes &&
-                       can_stream(places[wanted[0]], cut.channels());
-  if (!cut.p)
-    for (int64_t j : wanted) clear_outside(cut, places[j]);
-  multiply<T>(
-      of, [&](int64_t m, int64_t r) { return as_units<T>(source + (wanted[m] * all + r) * D); }, 1,
-      by_columns<T>([&](int64_t m, int64_t d) { return w + (wanted[m] * D + d) * width; }),
-      [&](int64_t m, int64_t r, int64_t column, int64_t count, const float* sums) {
-        T* to = places[wanted[m]];
-        if (cut.p)
-          put_lanes<T>(sums, count, streams, to + r * width + column);
-        else
-          share_out(cut, r, column, count, sums, streams, to);
-      });
-  if (streams) finish_streams();
-}
-
-template <typename T>
-void weight_gradient(const Cut& cut, const Tensor& dx, T* dweight) {
-  const int64_t D = dx.size(3), width = cut.width(), all = cut.rows();
-  const Products of{cut.count(), D, width, all};
-  const T* source = dx.const_data_ptr<T>();
-  const Rows<T> rows(cut);
-  const Turned<T> left(of, [&](int64_t j, int64_t r) { return source + (j * all + r) * D; });
-  const bool streams =
-      of.count * D * width * int64_t{sizeof(T)} >= kStreamedBytes && can_stream(dweight, width);
-  multiply<T>(
-      of, [&](int64_t j, int64_t d) { return left.at(j, d); }, left.kStrip,
-      by_columns<T>([&](int64_t j, int64_t r) { return rows.at(j, r); }),
-      [&](int64_t j, int64_t d, int64_t column, int64_t count, const float* sums) {
-        put_lanes<T>(sums, count, streams, dweight + (j * D + d) * width + column);
-      });
-  if (streams) finish_streams();
-}
-
-Cut cut_of(const std::vector<Tensor>& stages, const Tensor& offsets,
-           const std::optional<Tensor>& mask, int64_t patch_size) {
-  for (const Tensor& stage : stages) check_dense_rows(stage, kOp, "student_stages");
-  return {stages, offsets, mask ? mask->const_data_ptr<bool>() : nullptr, patch_size};
-}
 
 void project_patches_cpu(std::vector<Tensor> stages, const Tensor& weight, const Tensor& bias,
                          std::optional<Tensor> position, std::optional<Tensor> stage,
@@ -206,39 +26,17 @@ void project_patches_cpu(std::vector<Tensor> stages, const Tensor& weight, const
     project<BFloat16>(cut, weight, bias, position, stage, x);
 }
 
-// dF of every stage, then dW; what is not needed is an empty tensor.
+// dF of every stage, then dW.
 std::vector<Tensor> project_patches_backward_cpu(std::vector<Tensor> stages, const Tensor& weight,
                                                  const Tensor& dx, const Tensor& offsets,
                                                  std::optional<Tensor> mask, int64_t patch_size,
                                                  std::vector<int64_t> needs, bool needs_weight) {
   const Cut cut = cut_of(stages, offsets, mask, patch_size);
-  const std::vector<int64_t> tokens{cut.batch(), cut.length(), cut.channels()};
-  const std::vector<int64_t> matrices{weight.size(0), weight.size(1), weight.size(2)};
-  const auto bytes_of = [&](int64_t elements) {
-    return KeptGroup::room(elements * weight.element_size());
-  };
-  int64_t bytes = needs_weight ? bytes_of(weight.numel()) : 0;
-  for (int64_t need : needs) bytes += need ? bytes_of(stages[0].numel()) : 0;
-  KeptGroup memory(weight, bytes);
-  std::vector<Tensor> results;
-  bool needs_any = false;
-  for (int64_t need : needs) {
-    results.push_back(need ? memory.empty(tokens) : torch::stable::new_empty(weight, {0}));
-    needs_any = needs_any || need;
-  }
-  results.push_back(needs_weight ? memory.empty(matrices) : torch::stable::new_empty(weight, {0}));
-  const auto run = [&]<typename T>(T) {
-    std::vector<T*> places;
-    for (size_t j = 0; j < needs.size(); ++j)
-      places.push_back(needs[j] ? results[j].mutable_data_ptr<T>() : nullptr);
-    if (needs_any) stage_gradients<T>(cut, weight, dx, places);
-    if (needs_weight) weight_gradient<T>(cut, dx, results.back().mutable_data_ptr<T>());
-  };
-  if (weight.scalar_type() == ScalarType::Float)
-    run(float());
-  else
-    run(BFloat16());
-  return results;
+  KeptGroup of_stages(bytes_of_stages(cut, needs)), memory(needs_weight ? bytes_like(weight) : 0);
+  return weight.scalar_type() == ScalarType::Float
+             ? projection_gradients<float>(cut, weight, dx, needs, needs_weight, of_stages, memory)
+             : projection_gradients<BFloat16>(cut, weight, dx, needs, needs_weight, of_stages,
+                                              memory);
 }
 
 #endif

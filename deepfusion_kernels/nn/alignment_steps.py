@@ -6,14 +6,13 @@ loss = sum_j s_j sum_n v_n |U_j Y_jn + u_j - G_jn|^2 / (M sum v)
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..ops.fused_linear_mse.stages import stage_errors
 from ..ops.shared import patches
 from ..ops.shared.gradients import scaled
 from ..ops.view_aligned_attention import op as attention
-from ..ops.view_aligned_attention.loss_rows import loss_rows
+from ..ops.view_aligned_attention.joined import steps
 from ..ops.view_aligned_attention.projection import shift_gradients
 
 
@@ -42,30 +41,21 @@ def loss_and_kept(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, then 1 / (M sum v), v, X, QKV, L, dY, delta, dU, du; what is not needed is empty."""
-    impl = attention.IMPLS[backend]
-    _S, M, D = head_weight.shape
-    cuts, target_cuts, valid_BQ, scale_SN, factor = loss_rows(
-        offsets_BQ1, target_offsets, mask_BL, target_mask, stages[0].shape[1], targets[0].shape[1],
-        M, stage_weights, patches.wide_dtype(patch_weight.dtype), backend,
+    _cuts, target_cuts, valid_BQ, scale_SN, factor, x, qkv, lse, y = steps.attended(
+        stages, patch_weight, patch_bias, qkv_weight, patch_embedding, stage_embedding,
+        offsets_BQ1, target_offsets, mask_BL, target_mask, targets[0].shape[1],
+        head_weight.shape[1], stage_weights, num_heads, patch_size, causal, backend,
     )  # fmt: skip
-    x = impl.project_forward(
-        stages, patch_weight, patch_bias, cuts, mask_BL, patch_embedding, stage_embedding,
-        patch_size,
-    )  # fmt: skip
-    scale = attention.default_scale(D, num_heads)
-    y, qkv, lse = impl.attention_forward(x, qkv_weight, None, valid_BQ, num_heads, causal, scale)
     needs = (needs_hidden, needs_head, needs_head_bias)
     sse_SN, dy, dhead, dhead_bias = stage_errors(
         y.flatten(1, 2), head_weight, head_bias, targets, target_cuts, target_mask, scale_SN,
         target_norm, needs, backend,
     )  # fmt: skip
-    total = torch.dot(scale_SN.flatten(), sse_SN.flatten())
+    loss, delta = steps.finished(scale_SN, sse_SN, factor, y, dy, num_heads, backend)
     if not needs_hidden:
-        nothing = [lse.new_empty(0) for _ in range(5)]
-        return total * factor, factor, valid_BQ, *nothing, dhead, dhead_bias
-    dy = dy.view_as(y)
-    delta = attention.row_delta(y, dy, num_heads, backend)
-    return total * factor, factor, valid_BQ, x, qkv, lse, dy, delta, dhead, dhead_bias
+        no = lse.new_empty
+        return loss, factor, valid_BQ, no(0), no(0), no(0), no(0), no(0), dhead, dhead_bias
+    return loss, factor, valid_BQ, x, qkv, lse, dy.view_as(y), delta, dhead, dhead_bias
 
 
 def gradients(
@@ -86,10 +76,18 @@ def gradients(
     """dF of every stage, then what `needs` names: dW, dc, dWqkv, dU, du, dpos."""
     factor, valid_BQ, x, qkv, lse, dy, delta, dhead, dhead_bias = kept
     needs_patch_weight, needs_bias, needs_qkv, _, _, needs_position = needs
+    of_hidden = [*needs_stages, needs_patch_weight, needs_bias, needs_qkv, needs_position]
+    if any(of_hidden):
+        found = steps.gradients(
+            upstream, kept, stages, patch_weight, qkv_weight, offsets_BQ1, mask_BL, num_heads,
+            patch_size, causal, of_hidden, backend,
+        )  # fmt: skip
+        if found is not None:
+            return found
     impl, dtype = attention.IMPLS[backend], patch_weight.dtype
     g = upstream * factor
     heads = [scaled(dhead, g, dtype), scaled(dhead_bias, g, dtype)]
-    if not (any(needs_stages) or needs_patch_weight or needs_bias or needs_qkv or needs_position):
+    if not any(of_hidden):
         *nothing, last = [x.new_empty(0, dtype=dtype) for _ in range(len(stages) + 4)]
         return [*nothing, *heads, last]
     D = patch_weight.shape[1]

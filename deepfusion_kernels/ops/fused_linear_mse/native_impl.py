@@ -50,13 +50,7 @@ def forward_stages(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`forward` of every stage at once; a target [B, L, M] a stage."""
-    S, N, D = features_SND.shape
-    M = weight_SMD.shape[1]
-    sse_SN = scale_SN.new_empty(S, N)
-    dfeatures = features_SND.new_empty(S, N, D) if needs_features else None
-    dweight = scale_SN.new_empty(S, M, D) if needs_weight else None
-    dbias = scale_SN.new_zeros(S, M) if needs_bias else None
-    torch.ops.deepfusion_native.linear_mse_stages(
+    sse_SN, dfeatures, dweight, dbias = torch.ops.deepfusion_native.linear_mse_stages(
         features_SND.contiguous(),
         weight_SMD.contiguous(),
         None if bias_SM is None else bias_SM.contiguous(),
@@ -66,18 +60,11 @@ def forward_stages(
         scale_SN.contiguous(),
         target_norm,
         chunk_rows,
-        sse_SN,
-        dfeatures,
-        dweight,
-        dbias,
+        needs_features,
+        needs_weight,
+        needs_bias,
     )
-    # results of one op are different tensors, the empty ones too
-    return (
-        sse_SN,
-        features_SND.new_empty(0) if dfeatures is None else dfeatures,
-        scale_SN.new_empty(0) if dweight is None else dweight,
-        scale_SN.new_empty(0) if dbias is None else dbias,
-    )
+    return sse_SN, dfeatures, dweight, dbias
 
 
 def forward(

@@ -16,15 +16,15 @@ CHUNK_BYTES = 4 << 20
 LEAST_ROWS = 128
 
 
-def _dense_rows(stage: Tensor) -> Tensor:
+def dense_rows(stage: Tensor) -> Tensor:
     return stage if stage.stride(-1) == 1 else stage.contiguous()
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
+def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _mask(mask_BL: Tensor | None) -> Tensor | None:
+def needed_mask(mask_BL: Tensor | None) -> Tensor | None:
     """None where every token is valid: such a mask costs a packing pass."""
     if mask_BL is None or bool(mask_BL.all()):
         return None
@@ -32,20 +32,20 @@ def _mask(mask_BL: Tensor | None) -> Tensor | None:
 
 
 @functools.cache
-def _multiplies(dtype: torch.dtype) -> bool:
+def multiplies(dtype: torch.dtype) -> bool:
     """Whether our own products serve this dtype on this processor."""
     found: bool = torch.ops.deepfusion_native.multiplies_rows(torch.empty(0, dtype=dtype))
     return found
 
 
-def _is_direct(
+def is_direct(
     stages: Sequence[Tensor], weight: Tensor, mask_BL: Tensor | None, patch_size: int
 ) -> bool:
     """Whether all stages go through one call that multiplies rows where they lie."""
     (B, L, H), (_, D, width) = stages[0].shape, weight.shape
     # bfloat16 is multiplied in pairs along both depths
     is_paired = weight.dtype != torch.bfloat16 or D % 2 == width % 2 == 0
-    if not (is_paired and B * L * H * D and _multiplies(weight.dtype)):
+    if not (is_paired and B * L * H * D and multiplies(weight.dtype)):
         return False
     if patch_size == 0:
         return True
@@ -59,7 +59,7 @@ class _Rows:
         self, stage: Tensor, offsets_BQ1: Tensor, mask_BL: Tensor | None, patch_size: int
     ) -> None:
         B, L, D = stage.shape
-        self.stage, self.offsets, self.mask = _dense_rows(stage), offsets_BQ1, mask_BL
+        self.stage, self.offsets, self.mask = dense_rows(stage), offsets_BQ1, mask_BL
         self.count, self.width = B * (offsets_BQ1.shape[1] - 1), max(patch_size, 1) * D
         self.is_view = (
             patch_size > 0 and mask_BL is None and L % patch_size == 0 and stage.is_contiguous()
@@ -129,12 +129,12 @@ def project_forward(
     """As reference.project_forward: no stack of the stages, at most one packed chunk of rows."""
     B, Q = offsets_BQ1.shape[0], offsets_BQ1.shape[1] - 1
     S, D = bias_SD.shape
-    offsets_BQ1, mask_BL = offsets_BQ1.contiguous(), _mask(mask_BL)
-    stages, x = [_dense_rows(stage) for stage in stages], weight.new_empty(S, B * Q, D)
-    if Q and _is_direct(stages, weight, mask_BL, patch_size):
+    offsets_BQ1, mask_BL = offsets_BQ1.contiguous(), needed_mask(mask_BL)
+    stages, x = [dense_rows(stage) for stage in stages], weight.new_empty(S, B * Q, D)
+    if Q and is_direct(stages, weight, mask_BL, patch_size):
         torch.ops.deepfusion_native.project_patches(
-            stages, weight.contiguous(), bias_SD.contiguous(), _contiguous(patch_embedding),
-            _contiguous(stage_embedding), offsets_BQ1, mask_BL, patch_size, x,
+            stages, weight.contiguous(), bias_SD.contiguous(), contiguous(patch_embedding),
+            contiguous(stage_embedding), offsets_BQ1, mask_BL, patch_size, x,
         )  # fmt: skip
         return x.view(S, B, Q, D)
     for j, stage in enumerate(stages):
@@ -161,9 +161,9 @@ def project_backward(
 ) -> tuple[list[Tensor], Tensor]:
     """As reference.project_backward."""
     wide = patches.wide_dtype(weight.dtype)
-    offsets_BQ1, mask_BL = offsets_BQ1.contiguous(), _mask(mask_BL)
-    stages = [_dense_rows(stage) for stage in stages]
-    if dx_SBQD.numel() and _is_direct(stages, weight, mask_BL, patch_size):
+    offsets_BQ1, mask_BL = offsets_BQ1.contiguous(), needed_mask(mask_BL)
+    stages = [dense_rows(stage) for stage in stages]
+    if dx_SBQD.numel() and is_direct(stages, weight, mask_BL, patch_size):
         *direct, last = torch.ops.deepfusion_native.project_patches_backward(
             stages, weight.contiguous(), dx_SBQD.contiguous(), offsets_BQ1, mask_BL, patch_size,
             list(map(int, needs_stages)), needs_weight,

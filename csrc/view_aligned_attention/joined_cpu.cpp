@@ -1,0 +1,211 @@
+// The joined loss around the errors of its stages, one call each way and one at the end: a dozen
+// library calls between products that take a fraction of a millisecond each would cost as much.
+//
+//   X = rows W + c    Q, K, V = X Wqkv^T    Y = attention    loss = factor sum_jn c_jn |R_jn|^2
+//   dX = dQKV Wqkv    dWqkv = dQKV^T X      dc_j = sum_bi dX      dpos_i = sum_jb dX
+#include "common/checks.h"
+#include "view_aligned_attention/attention.h"
+#include "view_aligned_attention/loss_rows.h"
+#include "view_aligned_attention/patch_products.h"
+
+namespace {
+
+#if defined(DF_LEVEL_avx512)
+
+using namespace deepfusion;
+
+constexpr const char* kOp = "view_aligned_attention";
+
+template <typename T>
+void project_qkv(const Tensor& x, const Tensor& weight, T* qkv) {
+  const int64_t D = x.size(3);
+  const Products of{1, x.numel() / D, 3 * D, D};
+  const T* rows = x.const_data_ptr<T>();
+  multiply<T>(
+      of, [&](int64_t, int64_t r) { return as_units<T>(rows + r * D); }, 1,
+      ByRows<T>{weight.const_data_ptr<T>(), &of},
+      [&](int64_t, int64_t r, int64_t column, int64_t count, const float* sums) {
+        store_lanes<kColumns<T>>(sums, count, qkv + r * of.columns + column);
+      });
+}
+
+template <typename T>
+void find_dx(const T* dqkv, const Tensor& weight, Tensor& dx) {
+  const int64_t D = dx.size(3);
+  const T* w = weight.const_data_ptr<T>();
+  T* out = dx.mutable_data_ptr<T>();
+  multiply<T>(
+      {1, dx.numel() / D, D, 3 * D},
+      [&](int64_t, int64_t r) { return as_units<T>(dqkv + r * 3 * D); }, 1,
+      by_columns<T>([&](int64_t, int64_t k) { return w + k * D; }),
+      [&](int64_t, int64_t r, int64_t column, int64_t count, const float* sums) {
+        store_lanes<kColumns<T>>(sums, count, out + r * D + column);
+      });
+}
+
+// One matrix each for Q, K and V.
+template <typename T>
+void find_dqkv_weight(const T* dqkv, const Tensor& x, T* dweight) {
+  const int64_t D = x.size(3);
+  const Products of{3, D, D, x.numel() / D};
+  const T* rows = x.const_data_ptr<T>();
+  const Turned<T> left(of, [&](int64_t j, int64_t r) { return dqkv + r * 3 * D + j * D; });
+  multiply<T>(
+      of, [&](int64_t j, int64_t d) { return left.at(j, d); }, left.kStrip,
+      by_columns<T>([&](int64_t, int64_t r) { return rows + r * D; }),
+      [&](int64_t j, int64_t d, int64_t column, int64_t count, const float* sums) {
+        store_lanes<kColumns<T>>(sums, count, dweight + (j * D + d) * D + column);
+      });
+}
+
+// out [groups, D] <- sums of the rows row_of(group, n), n < count, in that order.
+template <typename T, typename RowOf>
+Tensor sum_rows(const Tensor& dx, int64_t groups, int64_t count, const RowOf& row_of) {
+  const int64_t D = dx.size(3);
+  Tensor out = torch::stable::new_empty(dx, {groups, D});
+  const T* rows = dx.const_data_ptr<T>();
+  T* to = out.mutable_data_ptr<T>();
+  for_rows(groups, 1, [&](int64_t group) {
+    std::vector<float> sums(D);
+    for (int64_t n = 0; n < count; ++n) {
+      const T* row = rows + row_of(group, n) * D;
+#pragma omp simd
+      for (int64_t c = 0; c < D; ++c) sums[c] += to_wide(row[c]);
+    }
+    for (int64_t c = 0; c < D; ++c) to[group * D + c] = from_wide<T>(sums[c]);
+  });
+  return out;
+}
+
+// gradient * g, rounded once; the gradients of the heads were formed with the loss.
+template <typename T>
+Tensor scaled(const Tensor& gradient, float g, const Tensor& like, KeptGroup& memory) {
+  const int64_t numel = gradient.numel();
+  Tensor out = memory.empty(like, {gradient.sizes().begin(), gradient.sizes().end()});
+  const float* from = gradient.const_data_ptr<float>();
+  T* to = out.mutable_data_ptr<T>();
+  torch::stable::parallel_for(0, numel, 1 << 14, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) to[i] = from_wide<T>(from[i] * g);
+  });
+  return out;
+}
+
+template <typename Body>
+void for_type(const Tensor& like, const Body& body) {
+  if (like.scalar_type() == ScalarType::Float)
+    body(float());
+  else
+    body(BFloat16());
+}
+
+// valid, scale, factor, X, QKV, L, Y; nothing where a table must be refused.
+std::vector<Tensor> joined_forward_cpu(
+    std::vector<Tensor> stages, const Tensor& weight, const Tensor& bias, const Tensor& qkv_weight,
+    std::optional<Tensor> position, std::optional<Tensor> stage, const Tensor& offsets,
+    const Tensor& target_offsets, std::optional<Tensor> mask, std::optional<Tensor> target_mask,
+    int64_t target_length, int64_t width, std::vector<double> stage_weights, int64_t heads,
+    int64_t patch_size, bool causal, double attention_scale) {
+  const Cut cut = cut_of(stages, offsets, mask, patch_size);
+  const int64_t J = cut.count(), B = cut.batch(), Q = cut.patches(), D = weight.size(1);
+  const auto empty = [&](const std::vector<int64_t>& sizes, ScalarType dtype) {
+    return torch::stable::new_empty(weight, sizes, dtype);
+  };
+  Tensor valid = empty({B, Q}, ScalarType::Bool), scale = empty({J, B * Q}, ScalarType::Float),
+         factor = empty({}, ScalarType::Float);
+  if (!find_loss_rows(offsets, target_offsets, mask, target_mask, cut.length(), target_length,
+                      width, stage_weights, valid, scale, factor))
+    return {};
+  // what is kept until backward; Y is not
+  const int64_t bytes = KeptGroup::room(J * B * Q * D * weight.element_size());
+  KeptGroup kept(4 * bytes);
+  Tensor x = kept.empty(weight, {J, B, Q, D}), qkv = kept.empty(weight, {J, B, Q, 3 * D}),
+         y = torch::stable::new_empty(weight, {J, B, Q, D}),
+         lse = empty({B, heads, J * Q}, ScalarType::Float);
+  for_type(weight, [&]<typename T>(T) {
+    project<T>(cut, weight, bias, position, stage, x);
+    project_qkv<T>(x, qkv_weight, qkv.mutable_data_ptr<T>());
+    forward_heads<T>(qkv, valid, heads, causal, attention_scale, y.mutable_data_ptr<T>(), lse);
+  });
+  return {valid, scale, factor, x, qkv, lse, y};
+}
+
+// The loss, and delta where dY was formed.
+std::tuple<Tensor, Tensor> joined_loss_cpu(const Tensor& scale, const Tensor& sse,
+                                           const Tensor& factor, const Tensor& y, const Tensor& dy,
+                                           int64_t heads) {
+  const float *c = scale.const_data_ptr<float>(), *squares = sse.const_data_ptr<float>();
+  double total = 0;
+  for (int64_t n = 0; n < scale.numel(); ++n) total += double{c[n]} * squares[n];
+  Tensor loss = torch::stable::new_empty(scale, {});
+  *loss.mutable_data_ptr<float>() = static_cast<float>(total * *factor.const_data_ptr<float>());
+  if (!dy.numel()) return {loss, torch::stable::new_empty(scale, {0})};
+  Tensor delta = torch::stable::new_empty(scale, {y.size(1), heads, y.size(0) * y.size(2)});
+  for_type(y, [&]<typename T>(T) { find_delta<T>(y, dy, heads, delta); });
+  return {loss, delta};
+}
+
+// dF of every stage, dW, dc, dWqkv, dU, du, dpos; `needs`: the stages, then W, c, Wqkv, pos.
+std::vector<Tensor> joined_backward_cpu(const Tensor& upstream, std::vector<Tensor> kept,
+                                        std::vector<Tensor> stages, const Tensor& weight,
+                                        const Tensor& qkv_weight, const Tensor& offsets,
+                                        std::optional<Tensor> mask, int64_t heads,
+                                        int64_t patch_size, bool causal, double attention_scale,
+                                        std::vector<int64_t> needs) {
+  const Tensor &factor = kept[0], &valid = kept[1], &x = kept[2], &qkv = kept[3], &lse = kept[4],
+               &dy = kept[5], &delta = kept[6], &dhead = kept[7], &dhead_bias = kept[8];
+  const float g = *upstream.const_data_ptr<float>() * *factor.const_data_ptr<float>();
+  const size_t J = stages.size();
+  const int64_t S = x.size(0), B = x.size(1), Q = x.size(2);
+  const bool needs_weight = needs[J], needs_bias = needs[J + 1], needs_qkv = needs[J + 2],
+             needs_position = needs[J + 3];
+  const std::vector<int64_t> wants(needs.begin(), needs.begin() + J);
+  const Cut cut = cut_of(stages, offsets, mask, patch_size);
+  const bool needs_x = needs_weight || needs_bias || needs_position || bytes_of_stages(cut, wants);
+  const auto nothing = [&] { return torch::stable::new_empty(weight, {0}); };
+  std::vector<Tensor> results;
+  for_type(weight, [&]<typename T>(T) {
+    // dQKV lies where dF will: it is done with before
+    KeptGroup of_stages(bytes_of_stages(cut, wants));
+    Tensor dqkv = of_stages.lend(qkv, {S, B, Q, qkv.size(3)});
+    backward_heads<T>(qkv, valid, heads, causal, attention_scale,
+                      {qkv.const_data_ptr<T>(), dy.const_data_ptr<T>(), lse.const_data_ptr<float>(),
+                       delta.const_data_ptr<float>(), g, dqkv.mutable_data_ptr<T>()});
+    const T* rows = dqkv.const_data_ptr<T>();
+    KeptGroup memory((needs_weight ? bytes_like(weight) : 0) +
+                     (needs_qkv ? bytes_like(qkv_weight) : 0) + bytes_like(dhead) +
+                     bytes_like(dhead_bias));
+    Tensor dx = nothing(), dqkv_weight = nothing();
+    if (needs_x) {
+      dx = torch::stable::new_empty(x, {S, B, Q, x.size(3)});
+      find_dx<T>(rows, qkv_weight, dx);
+    }
+    if (needs_qkv) {
+      dqkv_weight = memory.empty(qkv_weight, {qkv_weight.size(0), x.size(3)});
+      find_dqkv_weight<T>(rows, x, dqkv_weight.mutable_data_ptr<T>());
+    }
+    dqkv = nothing();
+    results = projection_gradients<T>(cut, weight, dx, wants, needs_weight, of_stages, memory);
+    const auto of_stage = [&](int64_t j, int64_t n) { return j * B * Q + n; };
+    results.push_back(needs_bias ? sum_rows<T>(dx, S, B * Q, of_stage) : nothing());
+    results.push_back(dqkv_weight);
+    results.push_back(scaled<T>(dhead, g, weight, memory));
+    results.push_back(scaled<T>(dhead_bias, g, weight, memory));
+    const auto of_patch = [&](int64_t i, int64_t n) { return n * Q + i; };
+    results.push_back(needs_position ? sum_rows<T>(dx, Q, S * B, of_patch) : nothing());
+  });
+  return results;
+}
+
+#endif
+
+}  // namespace
+
+DF_REGISTER_CPU(m) {
+#if defined(DF_LEVEL_avx512)
+  m.impl("joined_forward", TORCH_BOX(&joined_forward_cpu));
+  m.impl("joined_loss", TORCH_BOX(&joined_loss_cpu));
+  m.impl("joined_backward", TORCH_BOX(&joined_backward_cpu));
+#else
+  (void)m;
+#endif
+}
