@@ -147,7 +147,7 @@ void stage_gradients(const Cut& cut, const Tensor& weight, const Tensor& dx,
   const Products of{static_cast<int64_t>(wanted.size()), all, width, D};
   const T* w = weight.const_data_ptr<T>();
   const T* source = dx.const_data_ptr<T>();
-  const bool streams = of.count * all * width * int64_t{sizeof(T)} >= kStreamedBytes &&
+  const bool streams = of.count * cut.stages[0].numel() * int64_t{sizeof(T)} >= kStreamedBytes &&
                        can_stream(places[wanted[0]], cut.channels());
   if (!cut.p)
     for (int64_t j : wanted) clear_outside(cut, places[j]);
