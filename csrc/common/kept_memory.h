@@ -21,13 +21,15 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Blocks that begin at large pages, in eight sizes an octave: batches differ by rows, and a block
-// for each number of them would fill the memory. No more is kept than was ever in use at once. Kept
-// blocks are marked as free to the kernel: it takes them back when memory is short, and only then
-// are they cleared again.
+// for each number of them would fill the memory. Beyond a few no more is kept than was ever in use
+// at once. Kept blocks are marked as free to the kernel: it takes them back when memory is short,
+// and only then are they cleared again.
 class KeptMemory {
  public:
   static constexpr int64_t kPage = int64_t{2} << 20;
   static constexpr int64_t kMostKept = int64_t{1} << 30;
+  // blocks that are never alive together must not drive each other out
+  static constexpr int64_t kLeastKept = int64_t{32} << 20;
 
   static KeptMemory& instance() {
     // NOTE: never destroyed, since tensors may outlive every static object
@@ -67,7 +69,7 @@ class KeptMemory {
     kept_.push_back({data, size});
     kept_bytes_ += size;
     // oldest first: sizes that nobody asks for any more
-    while (kept_bytes_ > std::min(kMostKept, most_used_)) {
+    while (kept_bytes_ > std::clamp(most_used_, kLeastKept, kMostKept)) {
       munmap(kept_.front().data, kept_.front().bytes);
       kept_bytes_ -= kept_.front().bytes;
       kept_.erase(kept_.begin());
