@@ -27,8 +27,7 @@ inline bool multiplies_rows() {
 // With 64 steps of depth 128, a quarter of a second-level cache for the sums of such a block.
 constexpr int64_t kBlockRows = 512;
 constexpr int64_t kMostPanels = 4;
-// Results from this size on, twice a second-level cache, are written past it: a twentieth of the
-// joined loss with pooling at the demo's shape against 4 MiB, cold.
+// Results from this size on, twice a second-level cache, are written past it.
 constexpr int64_t kStreamedBytes = int64_t{2} << 20;
 
 struct Free {
