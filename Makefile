@@ -8,6 +8,8 @@ PARTS ?= test,bench
 JOBS := $(shell nproc 2>/dev/null || echo 2)
 export OPENBLAS_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
+# packages are installed without bytecode: who imports first writes it, whatever the environment says
+export PYTHONDONTWRITEBYTECODE :=
 export HF_DATASETS_DISABLE_PROGRESS_BARS := 1
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 # Compiling CUDA takes a minute, and a demo without a GPU has no use for it. Once built whole, it stays whole.

@@ -21,9 +21,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Blocks that begin at large pages, in eight sizes an octave: batches differ by rows, and a block
-// for each number of them would fill the memory. Beyond a few no more is kept than was ever in use
-// at once. Kept blocks are marked as free to the kernel: it takes them back when memory is short,
-// and only then are they cleared again.
+// for each number of them would fill the memory. Beyond a few, at most twice as much is kept as was
+// ever in use at once: not all blocks of a training step live together. Kept blocks are marked as
+// free to the kernel: it takes them back when memory is short, and only then are they cleared
+// again.
 class KeptMemory {
  public:
   static constexpr int64_t kPage = int64_t{2} << 20;
@@ -69,7 +70,7 @@ class KeptMemory {
     kept_.push_back({data, size});
     kept_bytes_ += size;
     // oldest first: sizes that nobody asks for any more
-    while (kept_bytes_ > std::clamp(most_used_, kLeastKept, kMostKept)) {
+    while (kept_bytes_ > std::clamp(2 * most_used_, kLeastKept, kMostKept)) {
       munmap(kept_.front().data, kept_.front().bytes);
       kept_bytes_ -= kept_.front().bytes;
       kept_.erase(kept_.begin());
