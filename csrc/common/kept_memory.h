@@ -30,7 +30,7 @@ class KeptMemory {
   static constexpr int64_t kPage = int64_t{2} << 20;
   static constexpr int64_t kMostKept = int64_t{1} << 30;
   // blocks that are never alive together must not drive each other out
-  static constexpr int64_t kLeastKept = int64_t{32} << 20;
+  static constexpr int64_t kAlwaysKept = int64_t{32} << 20;
 
   static KeptMemory& instance() {
     // NOTE: never destroyed, since tensors may outlive every static object
@@ -70,7 +70,7 @@ class KeptMemory {
     kept_.push_back({data, size});
     kept_bytes_ += size;
     // oldest first: sizes that nobody asks for any more
-    while (kept_bytes_ > std::clamp(2 * most_used_, kLeastKept, kMostKept)) {
+    while (kept_bytes_ > std::clamp(2 * most_used_, kAlwaysKept, kMostKept)) {
       munmap(kept_.front().data, kept_.front().bytes);
       kept_bytes_ -= kept_.front().bytes;
       kept_.erase(kept_.begin());
