@@ -128,13 +128,11 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
       "Tensor? mask, int patch_size, int[] needs_stages, bool needs_weight) -> Tensor[]");
 
   m.def(
-      "joined_forward(Tensor[] stages, Tensor weight, Tensor bias, Tensor qkv_weight, "
-      "Tensor? patch_embedding, Tensor? stage_embedding, Tensor offsets, Tensor target_offsets, "
-      "Tensor? mask, Tensor? target_mask, int target_length, int width, float[] stage_weights, "
-      "int heads, int patch_size, bool causal, float scale) -> Tensor[]");
-  m.def(
-      "joined_loss(Tensor scale, Tensor sse, Tensor factor, Tensor y, Tensor dy, int heads) -> "
-      "(Tensor, Tensor)");
+      "joined_forward(Tensor[] stages, Tensor[] targets, Tensor weight, Tensor bias, "
+      "Tensor qkv_weight, Tensor head_weight, Tensor? head_bias, Tensor? patch_embedding, "
+      "Tensor? stage_embedding, Tensor offsets, Tensor target_offsets, Tensor? mask, "
+      "Tensor? target_mask, float[] stage_weights, int heads, int patch_size, bool causal, "
+      "bool target_norm, float scale, int[] needs, bool keeps_rows) -> Tensor[]");
   m.def(
       "joined_backward(Tensor upstream, Tensor[] kept, Tensor[] stages, Tensor weight, "
       "Tensor qkv_weight, Tensor offsets, Tensor? mask, int heads, int patch_size, bool causal, "

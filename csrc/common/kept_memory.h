@@ -22,15 +22,17 @@ using torch::stable::Tensor;
 
 // Blocks that begin at large pages, in eight sizes an octave: batches differ by rows, and a block
 // for each number of them would fill the memory. Beyond a few, at most twice as much is kept as was
-// ever in use at once: not all blocks of a training step live together. Kept blocks are marked as
-// free to the kernel: it takes them back when memory is short, and only then are they cleared
-// again.
+// ever in use at once: not all blocks of a training step live together. Larger kept blocks are
+// marked as free to the kernel: it takes them back when memory is short, and only then are they
+// cleared again.
 class KeptMemory {
  public:
   static constexpr int64_t kPage = int64_t{2} << 20;
   static constexpr int64_t kMostKept = int64_t{1} << 30;
   // blocks that are never alive together must not drive each other out
   static constexpr int64_t kAlwaysKept = int64_t{32} << 20;
+  // the mark walks every page of a block, which small calls notice
+  static constexpr int64_t kUnmarked = int64_t{4} << 20;
 
   static KeptMemory& instance() {
     // NOTE: never destroyed, since tensors may outlive every static object
@@ -64,7 +66,7 @@ class KeptMemory {
   void give(void* data, int64_t bytes) {
     const int64_t size = block_bytes(bytes);
     HeldBytes::add(-bytes);
-    madvise(data, bytes, MADV_FREE);
+    if (size > kUnmarked) madvise(data, bytes, MADV_FREE);
     const std::lock_guard guard(lock_);
     used_bytes_ -= size;
     kept_.push_back({data, size});

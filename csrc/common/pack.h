@@ -264,18 +264,24 @@ inline bool can_stream([[maybe_unused]] const T* target, [[maybe_unused]] int64_
 #endif
 }
 
-// N lanes rounded to T, past the cache: a line that is written whole need not be read first.
-template <typename S, int64_t N, typename T, typename W>
-inline void stream_lanes([[maybe_unused]] const W* lanes, [[maybe_unused]] T* target) {
+// N elements in whole lines, past the cache: a line that is written whole need not be read first.
+template <int64_t N, typename T>
+inline void stream_copy([[maybe_unused]] const T* source, [[maybe_unused]] T* target) {
 #if defined(DF_LEVEL_avx512)
   static_assert(N * sizeof(T) % 64 == 0);
-  alignas(64) T narrow[N];
-  round_lanes<S, N>(lanes, narrow);
   for (size_t at = 0; at < N * sizeof(T); at += 64) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(reinterpret_cast<char*>(target) + at),
-                        _mm512_load_si512(reinterpret_cast<const char*>(narrow) + at));
+                        _mm512_load_si512(reinterpret_cast<const char*>(source) + at));
   }
 #endif
+}
+
+// The same for lanes that are rounded to T.
+template <typename S, int64_t N, typename T, typename W>
+inline void stream_lanes(const W* lanes, T* target) {
+  alignas(64) T narrow[N];
+  round_lanes<S, N>(lanes, narrow);
+  stream_copy<N>(narrow, target);
 }
 
 template <int64_t N, typename T, typename W>

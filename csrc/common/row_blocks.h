@@ -5,6 +5,7 @@
 #include "common/cpu.h"
 
 #include <algorithm>
+#include <atomic>
 #include <utility>
 #include <vector>
 
@@ -28,6 +29,24 @@ inline void for_shares(int64_t shares, const Body& body) {
 
 inline int64_t num_shares() {
   return std::max<int64_t>(1, torch::stable::get_num_threads());
+}
+
+// body(each) once a share, where each(work) calls work(task) for the tasks of this share, then for
+// those that others have not come to: a share finds in its cache what it wrote the time before, and
+// no thread waits for one that was held up.
+template <typename Body>
+inline void for_stolen(int64_t tasks, const Body& body) {
+  const int64_t shares = std::min(num_shares(), tasks);
+  std::vector<std::atomic<int64_t>> next(shares);
+  for (int64_t share = 0; share < shares; ++share) next[share] = tasks * share / shares;
+  for_shares(shares, [&](int64_t share) {
+    body([&](const auto& work) {
+      for (int64_t n = 0; n < shares; ++n) {
+        const int64_t other = (share + n) % shares, end = tasks * (other + 1) / shares;
+        for (int64_t task = next[other]++; task < end; task = next[other]++) work(task);
+      }
+    });
+  });
 }
 
 // body(RowBlock) for the rows of one share, in blocks of `limit` rows; the last of an expert takes

@@ -8,6 +8,7 @@
 
 #include "common/held_bytes.h"
 #include "common/pack.h"
+#include "common/row_blocks.h"
 
 #include <cstdlib>
 #include <memory>
@@ -67,6 +68,29 @@ struct Task {
   int64_t matrix, row, rows, column, columns;
 };
 
+// What panels will be packed from, fetched while others are multiplied: pairs of lines, row by row.
+struct Fetch {
+  const char* row = nullptr;
+  int64_t bytes = 0, stride = 0, column = 0, left = 0;
+
+  // part of `parts` of `rows` rows, whose first `bytes` bytes are wanted
+  Fetch part(int64_t rows, int64_t part, int64_t parts) const {
+    const int64_t pairs = (bytes + 127) / 128, first = rows * pairs * part / parts;
+    return {row + first / pairs * stride, bytes, stride, first % pairs * 128,
+            rows * pairs * (part + 1) / parts - first};
+  }
+  void one() {
+    __builtin_prefetch(row + column, 0, 2);
+    __builtin_prefetch(row + column + 64, 0, 2);
+    column += 128;
+    if (column >= bytes) {
+      column = 0;
+      row += stride;
+    }
+    --left;
+  }
+};
+
 // Packs terms [k, k + depth) of columns [column, column + count) of matrix j.
 template <typename S>
 struct ByRows {
@@ -79,6 +103,12 @@ struct ByRows {
       sources[c] = c < count ? weight + (j * of->columns + column + c) * of->depth + k : nullptr;
     pack_rows<S>(sources, depth, panel);
   }
+  int64_t source_rows(int64_t columns, int64_t) const { return columns; }
+  Fetch source(int64_t j, int64_t column, int64_t, int64_t k, int64_t depth) const {
+    const S* first = weight + (j * of->columns + column) * of->depth + k;
+    return {reinterpret_cast<const char*>(first), depth * int64_t{sizeof(S)},
+            of->depth * int64_t{sizeof(S)}};
+  }
 };
 // The same where row_at(j, k) points at term k of column 0.
 template <typename S, typename RowAt>
@@ -88,6 +118,13 @@ struct ByColumns {
                   unit_t<S>* panel) const {
     pack_columns<S, kColumns<S>>([&](int64_t term) { return row_at(j, k + term) + column; }, depth,
                                  count, panel);
+  }
+  int64_t source_rows(int64_t, int64_t depth) const { return depth; }
+  Fetch source(int64_t j, int64_t column, int64_t columns, int64_t k, int64_t depth) const {
+    const char* first = reinterpret_cast<const char*>(row_at(j, k) + column);
+    const char* last = reinterpret_cast<const char*>(row_at(j, k + depth - 1) + column);
+    // rows need not be equally far apart: what is missed is fetched when it is packed
+    return {first, columns * int64_t{sizeof(S)}, (last - first) / std::max<int64_t>(depth - 1, 1)};
   }
 };
 template <typename S, typename RowAt>
@@ -116,9 +153,10 @@ struct BlockMemory {
 };
 
 // finish(row, column, sums) takes kColumns finished sums; rows are walked `step` units a term.
+// `next` is the task that this thread expects to do then.
 template <typename S, typename RowAt, typename Pack, typename Finish>
-void run_task(const Products& of, const Task& task, const RowAt& row_at, int64_t step,
-              const Pack& pack, BlockMemory<S>& memory, const Finish& finish) {
+void run_task(const Products& of, const Task& task, const Task& next, const RowAt& row_at,
+              int64_t step, const Pack& pack, const BlockMemory<S>& memory, const Finish& finish) {
   constexpr int64_t WIDTH = kColumns<S>;
   const int64_t steps = steps_of<S>(of.depth), panels = (task.columns + WIDTH - 1) / WIDTH;
   for (int64_t k = 0; k < steps; k += kSumSteps) {
@@ -127,6 +165,13 @@ void run_task(const Products& of, const Task& task, const RowAt& row_at, int64_t
     for (int64_t p = 0; p < panels; ++p)
       pack(task.matrix, task.column + p * WIDTH, std::min(WIDTH, task.columns - p * WIDTH), term,
            terms, memory.panel(p));
+    const bool is_last = k + piece == steps;
+    const Task& then = is_last ? next : task;
+    const int64_t then_term = is_last ? 0 : term + terms;
+    const int64_t then_terms = std::min(of.depth - then_term, kSumSteps * Operand<S>::kDepth);
+    const Fetch source = pack.source(then.matrix, then.column, then.columns, then_term, then_terms);
+    const int64_t source_rows = pack.source_rows(then.columns, then_terms);
+    const int64_t parts = (task.rows + kTileRows - 1) / kTileRows * panels;
     for (int64_t i = 0; i < task.rows; i += kTileRows) {
       const int count = static_cast<int>(std::min<int64_t>(kTileRows, task.rows - i));
       const unit_t<S>* rows[kTileRows];
@@ -134,15 +179,17 @@ void run_task(const Products& of, const Task& task, const RowAt& row_at, int64_t
       for (int64_t p = 0; p < panels; ++p) {
         auto* sums = memory.sums.get();
         if (steps > kSumSteps) sums += (i / kTileRows * panels + p) * memory.kTile;
-        multiply_rows<S>(count, rows, step, memory.panel(p), piece, k == 0, sums);
-        for (int r = 0; r < count && k + piece == steps; ++r)
+        Fetch fetch = source.part(source_rows, i / kTileRows * panels + p, parts);
+        multiply_rows<S>(count, rows, step, memory.panel(p), piece, k == 0, sums, fetch);
+        for (int r = 0; r < count && is_last; ++r)
           finish(task.row + i + r, task.column + p * WIDTH, sums + r * WIDTH);
       }
     }
   }
 }
 
-// Every task of the products, shared out: body(task, memory).
+// Every task of the products, taken by whichever thread is free: body(task, the one after it,
+// memory).
 template <typename S, typename Body>
 void for_tasks(const Products& of, const Body& body) {
   constexpr int64_t kFewTasks = 16;
@@ -150,15 +197,17 @@ void for_tasks(const Products& of, const Body& body) {
   int64_t width = kMostPanels * kColumns<S>;
   const auto groups = [&] { return (of.columns + width - 1) / width; };
   while (width > kColumns<S> && of.count * blocks * groups() < kFewTasks) width /= 2;
-  const int64_t each = groups();
-  torch::stable::parallel_for(0, of.count * blocks * each, 1, [&](int64_t begin, int64_t end) {
-    BlockMemory<S> memory(of);
-    for (int64_t task = begin; task < end; ++task) {
+  const int64_t each = groups(), tasks = of.count * blocks * each;
+  for_stolen(tasks, [&](const auto& each_task) {
+    const BlockMemory<S> memory(of);
+    const auto task_at = [&](int64_t task) {
       const int64_t column = task % each * width, row = task / each % blocks * kBlockRows;
-      body(Task{task / each / blocks, row, std::min(kBlockRows, of.rows - row), column,
-                std::min(width, of.columns - column)},
-           memory);
-    }
+      return Task{task / each / blocks, row, std::min(kBlockRows, of.rows - row), column,
+                  std::min(width, of.columns - column)};
+    };
+    each_task(
+        [&](int64_t task) { body(task_at(task), task_at(std::min(task + 1, tasks - 1)), memory); });
+    finish_streams();
   });
 }
 
@@ -166,11 +215,12 @@ void for_tasks(const Products& of, const Body& body) {
 template <typename S, typename RowAt, typename Pack, typename Finish>
 void multiply(const Products& of, const RowAt& row_at, int64_t step, const Pack& pack,
               const Finish& finish) {
-  for_tasks<S>(of, [&](const Task& task, BlockMemory<S>& memory) {
-    run_task<S>(
-        of, task, row_at, step, pack, memory, [&](int64_t row, int64_t column, const auto* sums) {
-          finish(task.matrix, row, column, std::min(kColumns<S>, of.columns - column), sums);
-        });
+  for_tasks<S>(of, [&](const Task& task, const Task& next, const BlockMemory<S>& memory) {
+    run_task<S>(of, task, next, row_at, step, pack, memory,
+                [&](int64_t row, int64_t column, const auto* sums) {
+                  finish(task.matrix, row, column, std::min(kColumns<S>, of.columns - column),
+                         sums);
+                });
   });
 }
 
@@ -208,9 +258,9 @@ class Turned {
 template <typename S, typename T, typename W>
 inline void put_lanes(const W* sums, int64_t count, bool streams, T* to) {
   if (streams && count == kColumns<S>) {
-    stream_lanes<kColumns<S>>(sums, to);
+    stream_lanes<S, kColumns<S>>(sums, to);
   } else {
-    store_lanes<kColumns<S>>(sums, count, to);
+    round_lanes<S, kColumns<S>>(sums, count, to);
   }
 }
 

@@ -1,24 +1,11 @@
-// The loss of all stages and its gradients, where rows are multiplied as they lie
-// (common/row_products.h); errors exist for a chunk of rows at a time:
-//
-//   R_n = U y_n + u - G_n    sse_n = |R_n|^2    E_n = 2 c_n R_n    dy_n = U^T E_n    dU = sum_n E_n
-//   y_n^T    du = sum_n E_n
-//
-// G_n is pooled from the target's tokens. A row of scale c_n = 0 has E = 0 and its target is not
-// read.
+// The loss of several stages at once: what `fused_linear_mse` calls where rows are multiplied as
+// they lie.
 #include "common/checks.h"
-#include "common/kept_group.h"
-#include "common/patches.h"
-#include "common/row_products.h"
-
-#include <optional>
-#include <vector>
+#include "common/mse_stages.h"
 
 namespace {
 
 using namespace deepfusion;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr const char* kOp = "fused_linear_mse";
 
@@ -30,205 +17,16 @@ bool linear_mse_multiplies_cpu(const Tensor& like) {
 
 #if defined(DF_LEVEL_avx512)
 
-constexpr float kNormEps = 1e-6f;
-// errors of a chunk over all stages: 4 MiB of float32, beside which the packed factors stay small
-constexpr int64_t kChunkErrors = int64_t{1} << 20;
-constexpr int64_t kLeastRows = 64;
-
-template <typename T>
-struct Stages {
-  int64_t J, N, M, D;
-  const T *y, *weight, *bias;
-  const std::vector<Tensor>& targets;
-  const Tensor& offsets;
-  const bool* mask;
-  const float* scale;
-  bool target_norm;
-  float *sse, *dweight, *dbias;
-  T* dy;
-
-  int64_t patches() const { return offsets.size(1) - 1; }
-  int64_t length() const { return targets[0].size(1); }
-  Patch patch(int64_t n) const {
-    return patch_at(offsets.const_data_ptr<int32_t>(), mask, patches(), length(), n / patches(),
-                    n % patches());
-  }
-  const T* tokens(int64_t j, int64_t n) const {
-    return targets[j].const_data_ptr<T>() + n / patches() * targets[j].stride(0);
-  }
-};
-
-// One chunk of rows: pooled targets and errors [J, rows, M], in float32 in one place; sums of
-// squares by panel.
-template <typename T>
-struct Chunk {
-  static constexpr bool kShared = std::is_same_v<T, float>;
-  int64_t first, rows, panels;
-  Aligned<float> goals;
-  Aligned<T> errors;
-  Aligned<float> squares;
-
-  Chunk(const Stages<T>& of, int64_t limit)
-      : first(0),
-        rows(limit),
-        panels((of.M + kColumns<T> - 1) / kColumns<T>),
-        goals(of.J * limit * of.M),
-        errors(kShared ? 0 : of.J * limit * of.M),
-        squares(of.J * limit * panels) {}
-  int64_t row(int64_t j, int64_t r) const { return j * rows + r; }
-  float* goal(const Stages<T>& of, int64_t j, int64_t r) const {
-    return goals.get() + row(j, r) * of.M;
-  }
-  T* error(const Stages<T>& of, int64_t j, int64_t r) const {
-    if constexpr (kShared)
-      return goal(of, j, r);
-    else
-      return errors.get() + row(j, r) * of.M;
-  }
-};
-
-// Layer normalisation without affine.
-inline void normalise(float* row, int64_t width) {
-  float sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t m = 0; m < width; ++m) sum += row[m];
-  const float mean = sum / static_cast<float>(width);
-#pragma omp simd reduction(+ : squares)
-  for (int64_t m = 0; m < width; ++m) squares += (row[m] - mean) * (row[m] - mean);
-  const float scale = 1.0f / std::sqrt(squares / static_cast<float>(width) + kNormEps);
-#pragma omp simd
-  for (int64_t m = 0; m < width; ++m) row[m] = (row[m] - mean) * scale;
-}
-
-// Whole rows in a pass of its own: the products wait for nothing that lies in memory.
-template <typename T>
-void find_goals(const Stages<T>& of, const Chunk<T>& chunk) {
-  for_rows(of.J * chunk.rows, 8, [&](int64_t task) {
-    const int64_t j = task / chunk.rows, r = task % chunk.rows, n = chunk.first + r;
-    if (of.scale[j * of.N + n] == 0) return;
-    float* goal = chunk.goal(of, j, r);
-    pool_row(of.tokens(j, n), of.targets[j].stride(1), of.patch(n), of.M, goal);
-    if (of.target_norm) normalise(goal, of.M);
-  });
-}
-
-template <typename T>
-void find_errors(const Stages<T>& of, const Chunk<T>& chunk) {
-  constexpr int64_t WIDTH = kColumns<T>;
-  const Products products{of.J, chunk.rows, of.M, of.D};
-  multiply<T>(
-      products,
-      [&](int64_t j, int64_t r) { return as_units<T>(of.y + (j * of.N + chunk.first + r) * of.D); },
-      1, ByRows<T>{of.weight, &products},
-      [&](int64_t j, int64_t r, int64_t column, int64_t count, const float* sums) {
-        const int64_t n = chunk.first + r;
-        const float scale = of.scale[j * of.N + n];
-        T* to = chunk.error(of, j, r) + column;
-        float& square = chunk.squares.get()[chunk.row(j, r) * chunk.panels + column / WIDTH];
-        square = 0;
-        if (scale == 0) {
-          std::fill_n(to, count, T(0));
-          return;
-        }
-        alignas(64) float goal[WIDTH], error[WIDTH] = {};
-        load_lanes<WIDTH>(chunk.goal(of, j, r) + column, count, goal);
-        if (of.bias) load_lanes<WIDTH>(of.bias + j * of.M + column, count, error);
-        float total = 0;
-#pragma omp simd reduction(+ : total)
-        for (int64_t i = 0; i < WIDTH; ++i) {
-          const float found = i < count ? sums[i] + error[i] - goal[i] : 0.0f;
-          total += found * found;
-          error[i] = 2 * scale * found;
-        }
-        square = total;
-        store_lanes<WIDTH>(error, count, to);
-        // a column lies in one task, whose rows come in order
-        if (!of.dbias) return;
-        float* sum = of.dbias + j * of.M + column;
-        for (int64_t i = 0; i < count; ++i) sum[i] += error[i];
-      });
-  for_rows(of.J * chunk.rows, 64, [&](int64_t task) {
-    const float* squares = chunk.squares.get() + task * chunk.panels;
-    float sum = 0;
-    for (int64_t p = 0; p < chunk.panels; ++p) sum += squares[p];
-    of.sse[task / chunk.rows * of.N + chunk.first + task % chunk.rows] = sum;
-  });
-}
-
-template <typename T>
-void find_dy(const Stages<T>& of, const Chunk<T>& chunk) {
-  multiply<T>(
-      {of.J, chunk.rows, of.D, of.M},
-      [&](int64_t j, int64_t r) { return as_units<T>(chunk.error(of, j, r)); }, 1,
-      by_columns<T>([&](int64_t j, int64_t m) { return of.weight + (j * of.M + m) * of.D; }),
-      [&](int64_t j, int64_t r, int64_t column, int64_t count, const float* sums) {
-        store_lanes<kColumns<T>>(sums, count, of.dy + (j * of.N + chunk.first + r) * of.D + column);
-      });
-}
-
-template <typename T>
-void add_dweight(const Stages<T>& of, const Chunk<T>& chunk) {
-  constexpr int64_t WIDTH = kColumns<T>;
-  const Products products{of.J, of.M, of.D, chunk.rows};
-  const Turned<T> left(products, [&](int64_t j, int64_t r) { return chunk.error(of, j, r); });
-  multiply<T>(
-      products, [&](int64_t j, int64_t m) { return left.at(j, m); }, left.kStrip,
-      by_columns<T>(
-          [&](int64_t j, int64_t r) { return of.y + (j * of.N + chunk.first + r) * of.D; }),
-      [&](int64_t j, int64_t m, int64_t column, int64_t count, const float* sums) {
-        float* to = of.dweight + (j * of.M + m) * of.D + column;
-        alignas(64) float lanes[WIDTH] = {};
-        if (chunk.first > 0) load_lanes<WIDTH>(to, count, lanes);
-        for (int64_t i = 0; i < WIDTH; ++i) lanes[i] += sums[i];
-        store_lanes<WIDTH>(lanes, count, to);
-      });
-}
-
-template <typename T>
-void run(const Stages<T>& of, int64_t chunk_rows) {
-  const int64_t fitting = std::max(kLeastRows, kChunkErrors / std::max<int64_t>(of.J * of.M, 1));
-  const int64_t limit = std::min({of.N, kBlockRows, chunk_rows > 0 ? chunk_rows : fitting});
-  Chunk<T> chunk(of, limit);
-  for (; chunk.first < of.N; chunk.first += limit) {
-    chunk.rows = std::min(limit, of.N - chunk.first);
-    find_goals(of, chunk);
-    find_errors(of, chunk);
-    if (of.dy) find_dy(of, chunk);
-    if (of.dweight) add_dweight(of, chunk);
-  }
-}
-
-// y [J, N, D], weight [J, M, D], bias [J, M], targets J times [B, L, M], scale [J, N] to sse
-// [J, N], dy, dweight, dbias; what is not needed is an empty tensor.
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_mse_stages_cpu(
     const Tensor& y, const Tensor& weight, std::optional<Tensor> bias, std::vector<Tensor> targets,
     const Tensor& offsets, std::optional<Tensor> mask, const Tensor& scale, bool target_norm,
     int64_t chunk_rows, bool needs_y, bool needs_weight, bool needs_bias) {
   for (const Tensor& target : targets) check_dense_rows(target, kOp, "target");
-  const int64_t J = y.size(0), N = y.size(1), D = y.size(2), M = weight.size(1);
-  KeptGroup memory(KeptGroup::room(needs_y ? y.numel() * y.element_size() : 0) +
-                   KeptGroup::room(needs_weight ? weight.numel() * int64_t{sizeof(float)} : 0));
-  const auto nothing = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
-  Tensor sse = torch::stable::new_empty(scale, {J, N}),
-         dy = needs_y ? memory.empty(y, {J, N, D}) : nothing(y),
-         dweight = needs_weight ? memory.empty(scale, {J, M, D}) : nothing(scale),
-         dbias = needs_bias ? torch::stable::new_empty(scale, {J, M}) : nothing(scale);
-  if (needs_bias) std::fill_n(dbias.mutable_data_ptr<float>(), J * M, 0.0f);
-  const auto call = [&]<typename T>(T) {
-    run<T>(
-        {J, N, M, D, y.const_data_ptr<T>(), weight.const_data_ptr<T>(),
-         bias ? bias->const_data_ptr<T>() : nullptr, targets, offsets,
-         mask ? mask->const_data_ptr<bool>() : nullptr, scale.const_data_ptr<float>(), target_norm,
-         sse.mutable_data_ptr<float>(), needs_weight ? dweight.mutable_data_ptr<float>() : nullptr,
-         needs_bias ? dbias.mutable_data_ptr<float>() : nullptr,
-         needs_y ? dy.mutable_data_ptr<T>() : nullptr},
-        chunk_rows);
-  };
-  if (y.scalar_type() == ScalarType::Float)
-    call(float());
-  else
-    call(BFloat16());
-  return {sse, dy, dweight, dbias};
+  const StageErrors found =
+      stage_errors(y, weight, bias,
+                   {targets, offsets, mask ? mask->const_data_ptr<bool>() : nullptr, target_norm},
+                   scale, {needs_y, needs_weight, needs_bias, false}, chunk_rows);
+  return {found.sse, found.dy, found.dweight, found.dbias};
 }
 
 #endif

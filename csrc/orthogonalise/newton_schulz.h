@@ -6,6 +6,7 @@
 // float32; sums in float32.
 #pragma once
 
+#include "common/flip.h"
 #include "common/row_products.h"
 
 #include <array>
@@ -14,36 +15,8 @@
 
 namespace deepfusion::inline DF_LEVEL {
 
-constexpr int64_t kSquare = 16;
-
 constexpr int64_t up(int64_t count, int64_t unit) {
   return (count + unit - 1) / unit * unit;
-}
-
-// out[c][r] = factor * in[r][c]
-template <typename In, typename Out>
-void flip(const In* in, int64_t rows, int64_t columns, int64_t in_stride, float factor, Out* out,
-          int64_t out_stride) {
-  typedef float Lanes __attribute__((vector_size(4 * kSquare)));
-  for (int64_t r = 0; r < rows; r += kSquare) {
-    const int64_t height = std::min(kSquare, rows - r);
-    for (int64_t c = 0; c < columns; c += kSquare) {
-      const int64_t width = std::min(kSquare, columns - c);
-      Lanes square[kSquare] = {};
-      for (int64_t i = 0; i < height; ++i) {
-        float row[kSquare];
-        load_lanes<kSquare>(in + (r + i) * in_stride + c, width, row);
-        std::memcpy(&square[i], row, sizeof(row));
-        square[i] *= factor;
-      }
-      transpose<Lanes, kSquare>(square);
-      for (int64_t i = 0; i < width; ++i) {
-        float row[kSquare];
-        std::memcpy(row, &square[i], sizeof(row));
-        store_lanes<kSquare>(row, height, out + (c + i) * out_stride + r);
-      }
-    }
-  }
 }
 
 template <typename In, typename Out>

@@ -7,6 +7,7 @@
 // Tensors are stage-major: token p = (j, i) of sample b is row (j B + b) Q + i.
 #pragma once
 
+#include "common/row_blocks.h"
 #include "view_aligned_attention/heads.h"
 
 #include <optional>
@@ -165,12 +166,12 @@ void forward_heads(const Tensor& qkv, const std::optional<Tensor>& valid, int64_
   const int64_t tokens = qkv.size(0) * qkv.size(2), tiles = (tokens + kTile - 1) / kTile;
   const T* source = qkv.const_data_ptr<T>();
   W* stats = lse.mutable_data_ptr<W>();
-  torch::stable::parallel_for(0, qkv.size(1) * heads * tiles, 1, [&](int64_t begin, int64_t end) {
+  for_stolen(qkv.size(1) * heads * tiles, [&](const auto& each) {
     Workspace<W> work(qkv.size(3) / 3 / heads, 4);
-    for (int64_t task = begin; task < end; ++task) {
+    each([&](int64_t task) {
       const Head at = head_at(qkv, valid, heads, causal, scale, task / tiles);
       forward_tile(at, source, task % tiles * kTile, work, y, stats);
-    }
+    });
   });
 }
 
@@ -178,11 +179,12 @@ template <typename T>
 void backward_heads(const Tensor& qkv, const std::optional<Tensor>& valid, int64_t heads,
                     bool causal, double scale, const Gradients<T>& of) {
   using W = wide_t<T>;
-  torch::stable::parallel_for(0, qkv.size(1) * heads, 1, [&](int64_t begin, int64_t end) {
+  for_stolen(qkv.size(1) * heads, [&](const auto& each) {
     Workspace<W> work(qkv.size(3) / 3 / heads, 6);
     std::vector<W> dqueries;
-    for (int64_t task = begin; task < end; ++task)
+    each([&](int64_t task) {
       backward_head(head_at(qkv, valid, heads, causal, scale, task), of, work, dqueries);
+    });
   });
 }
 

@@ -2,7 +2,7 @@
 // are seen.
 #pragma once
 
-#include "common/cpu.h"
+#include "common/flip.h"
 #include "common/tile_gemm.h"
 
 #include <algorithm>
@@ -13,6 +13,7 @@ namespace deepfusion::inline DF_LEVEL {
 
 constexpr int64_t kTile =
     64;  // S of two tiles is 16 KiB: half a first-level cache; unmeasured beside 32 and 128
+constexpr int64_t kRowsAhead = 8;
 constexpr int32_t kNever = std::numeric_limits<int32_t>::max();
 
 // One head of one sample, and the way from token to row.
@@ -33,13 +34,34 @@ struct Head {
   int32_t limit(int64_t p) const { return causal ? static_cast<int32_t>(p % patches) : kNever - 1; }
 };
 
+// Rows of successive tokens without a division for each.
+struct Walk {
+  int64_t row, left, patches, jump;
+
+  Walk(const Head& at, int64_t first)
+      : row(at.row(first)),
+        left(at.patches - first % at.patches),
+        patches(at.patches),
+        jump((at.batch - 1) * at.patches) {}
+  void next() {
+    ++row;
+    if (--left > 0) return;
+    row += jump;
+    left = patches;
+  }
+};
+
 // out [kTile, wide] <- factor * tokens first .. first + count of one head; the padding is 0.
 template <typename T, typename W>
 inline void load_tile(const Head& at, const T* base, int64_t row_stride, int64_t first,
                       int64_t count, W factor, W* out) {
   const int64_t wide = padded(at.width);
-  for (int64_t r = 0; r < count; ++r) {
-    const T* source = base + at.row(first + r) * row_stride;
+  Walk walk(at, first);
+  for (int64_t r = 0; r < count; ++r, walk.next()) {
+    const T* source = base + walk.row * row_stride;
+    // a row is a line or two, far from the next: no pattern for the processor's own prefetch
+    for (int64_t c = 0; c < at.width; c += 64 / int64_t{sizeof(T)})
+      __builtin_prefetch(source + kRowsAhead * row_stride + c);
     W* row = out + r * wide;
     for (int64_t c = 0; c < at.width; ++c) row[c] = factor * to_wide(source[c]);
     std::fill(row + at.width, row + wide, W(0));
@@ -50,17 +72,16 @@ inline void load_tile(const Head& at, const T* base, int64_t row_stride, int64_t
 // out [width, kTile] <- the tile's transpose.
 template <typename W>
 inline void transpose_tile(const W* tile, int64_t width, W* out) {
-  const int64_t wide = padded(width);
-  for (int64_t r = 0; r < kTile; ++r)
-    for (int64_t c = 0; c < width; ++c) out[c * kTile + r] = tile[r * wide + c];
+  flip(tile, kTile, width, padded(width), W(1), out, kTile);
 }
 
 template <typename T, typename W>
 inline void store_tile(const Head& at, const W* tile, int64_t first, int64_t count, W factor,
                        T* base, int64_t row_stride) {
   const int64_t wide = padded(at.width);
-  for (int64_t r = 0; r < count; ++r) {
-    T* out = base + at.row(first + r) * row_stride;
+  Walk walk(at, first);
+  for (int64_t r = 0; r < count; ++r, walk.next()) {
+    T* out = base + walk.row * row_stride;
     for (int64_t c = 0; c < at.width; ++c) out[c] = from_wide<T>(tile[r * wide + c] * factor);
   }
 }

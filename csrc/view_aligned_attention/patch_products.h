@@ -18,55 +18,71 @@ namespace deepfusion::inline DF_LEVEL {
 
 using torch::stable::Tensor;
 
-// stages [B, L, H]; p tokens a row, or means of patches if p is 0.
+// stages [B, L, H]; p tokens a row, or means of patches if p is 0. Sizes are asked for once: a
+// tensor answers through a call into the library.
 struct Cut {
   const std::vector<Tensor>& stages;
-  const Tensor& offsets;
+  const int32_t* offsets;
   const bool* mask;
-  int64_t p;
-  int64_t batch() const { return stages[0].size(0); }
-  int64_t length() const { return stages[0].size(1); }
-  int64_t channels() const { return stages[0].size(2); }
-  int64_t patches() const { return offsets.size(1) - 1; }
-  int64_t rows() const { return batch() * patches(); }
-  int64_t width() const { return channels() * std::max<int64_t>(p, 1); }
+  int64_t p, batch, length, channels, patches;
+
+  Cut(const std::vector<Tensor>& all, const Tensor& cuts, const bool* valid, int64_t patch_size)
+      : stages(all),
+        offsets(cuts.const_data_ptr<int32_t>()),
+        mask(valid),
+        p(patch_size),
+        batch(all[0].size(0)),
+        length(all[0].size(1)),
+        channels(all[0].size(2)),
+        patches(cuts.size(1) - 1) {}
+  int64_t rows() const { return batch * patches; }
+  int64_t width() const { return channels * std::max<int64_t>(p, 1); }
   int64_t count() const { return static_cast<int64_t>(stages.size()); }
   Patch patch(int64_t r) const {
-    return patch_at(offsets.const_data_ptr<int32_t>(), mask, patches(), length(), r / patches(),
-                    r % patches());
+    return patch_at(offsets, mask, patches, length, r / patches, r % patches);
   }
 };
 
-// Where the rows of every stage begin: in the stage, or in a buffer of means.
+// Where the rows of every stage begin: in the stage, or in a buffer of means [J, rows, H].
 template <typename T>
 class Rows {
  public:
-  explicit Rows(const Cut& cut)
-      : patches_(cut.patches()), means_(cut.p ? 0 : cut.count() * cut.rows() * cut.width()) {
+  explicit Rows(const Cut& cut) : Rows(cut, nullptr) {
+    if (cut.p) return;
+    own_.emplace(cut.count() * cut.rows() * cut.width());
+    pool(cut, own_->get());
+    read(cut, own_->get());
+  }
+  // means that were found before, null where the rows lie in the stages
+  Rows(const Cut& cut, const T* means) : patches_(cut.patches) {
     for (const Tensor& stage : cut.stages) {
       base_.push_back(stage.const_data_ptr<T>());
       sample_.push_back(stage.stride(0));
       row_.push_back(cut.p * stage.stride(1));
     }
-    if (!cut.p) pool(cut);
+    if (means) read(cut, means);
   }
   const T* at(int64_t j, int64_t r) const {
     return base_[j] + r / patches_ * sample_[j] + r % patches_ * row_[j];
   }
-
- private:
-  void pool(const Cut& cut) {
+  static void pool(const Cut& cut, T* means) {
     const int64_t rows = cut.rows(), width = cut.width();
     for_rows(cut.count() * rows, 16, [&](int64_t task) {
       const int64_t j = task / rows, r = task % rows;
+      const Tensor& stage = cut.stages[j];
       thread_local std::vector<float> mean;
       mean.resize((width + 15) / 16 * 16);  // store_row reads whole lanes
-      pool_row(base_[j] + r / patches_ * sample_[j], cut.stages[j].stride(1), cut.patch(r), width,
-               mean.data());
-      store_row(mean.data(), width, means_.get() + task * width);
+      pool_row(stage.const_data_ptr<T>() + r / cut.patches * stage.stride(0), stage.stride(1),
+               cut.patch(r), width, mean.data());
+      store_row(mean.data(), width, means + task * width);
     });
+  }
+
+ private:
+  void read(const Cut& cut, const T* means) {
+    const int64_t width = cut.width();
     for (int64_t j = 0; j < cut.count(); ++j) {
-      base_[j] = means_.get() + j * rows * width;
+      base_[j] = means + j * cut.rows() * width;
       sample_[j] = patches_ * width;
       row_[j] = width;
     }
@@ -77,21 +93,20 @@ class Rows {
   }
 
   int64_t patches_;
-  Aligned<T> means_;
+  std::optional<Aligned<T>> own_;
   std::vector<const T*> base_;
   std::vector<int64_t> sample_, row_;
 };
 
 template <typename T>
-void project(const Cut& cut, const Tensor& weight, const Tensor& bias,
+void project(const Cut& cut, const Rows<T>& rows, const Tensor& weight, const Tensor& bias,
              const std::optional<Tensor>& position, const std::optional<Tensor>& stage, Tensor& x) {
   const Products of{cut.count(), cut.rows(), weight.size(1), cut.width()};
-  const Rows<T> rows(cut);
   const T* c = bias.const_data_ptr<T>();
   const T* pos = position ? position->const_data_ptr<T>() : nullptr;
   const T* st = stage ? stage->const_data_ptr<T>() : nullptr;
   T* out = x.mutable_data_ptr<T>();
-  const int64_t D = of.columns, patches = cut.patches();
+  const int64_t D = of.columns, patches = cut.patches;
   multiply<T>(
       of, [&](int64_t j, int64_t r) { return as_units<T>(rows.at(j, r)); }, 1,
       ByRows<T>{weight.const_data_ptr<T>(), &of},
@@ -106,18 +121,20 @@ void project(const Cut& cut, const Tensor& weight, const Tensor& bias,
         };
         if (st) add(st + j * D);
         if (pos) add(pos + r % patches * D);
-        store_lanes<WIDTH>(lanes, count, out + (j * of.rows + r) * D + column);
+        round_lanes<T, WIDTH>(lanes, count, out + (j * of.rows + r) * D + column);
       });
 }
 
 // Tokens of no patch get 0.
 template <typename T>
-void clear_outside(const Cut& cut, T* tokens) {
-  const int64_t length = cut.length(), width = cut.channels();
-  for_rows(cut.batch(), 1, [&](int64_t b) {
-    T* sample = tokens + b * length * width;
-    const int64_t last = (b + 1) * cut.patches() - 1;
-    std::fill(sample, sample + cut.patch(b * cut.patches()).begin * width, T(0));
+void clear_outside(const Cut& cut, const std::vector<T*>& places) {
+  const int64_t length = cut.length, width = cut.channels;
+  const int64_t count = static_cast<int64_t>(places.size());
+  for_rows(cut.batch * count, 16, [&](int64_t task) {
+    const int64_t b = task / count, last = (b + 1) * cut.patches - 1;
+    if (!places[task % count]) return;
+    T* sample = places[task % count] + b * length * width;
+    std::fill(sample, sample + cut.patch(b * cut.patches).begin * width, T(0));
     std::fill(sample + cut.patch(last).end * width, sample + length * width, T(0));
   });
 }
@@ -129,11 +146,20 @@ void share_out(const Cut& cut, int64_t r, int64_t column, int64_t count, const f
   constexpr int64_t WIDTH = kColumns<T>;
   const Patch patch = cut.patch(r);
   const float share = 1.0f / static_cast<float>(std::max<int64_t>(patch.count(), 1));
-  alignas(64) float lanes[WIDTH], none[WIDTH] = {};
+  alignas(64) float lanes[WIDTH];
   for (int64_t i = 0; i < WIDTH; ++i) lanes[i] = sums[i] * share;
-  T* sample = tokens + r / cut.patches() * cut.length() * cut.channels() + column;
-  for (int64_t t = patch.begin; t < patch.end; ++t)
-    put_lanes<T>(patch.holds(t) ? lanes : none, count, streams, sample + t * cut.channels());
+  // rounded once, not token by token
+  alignas(64) T narrow[WIDTH], none[WIDTH] = {};
+  round_lanes<T, WIDTH>(lanes, narrow);
+  T* sample = tokens + r / cut.patches * cut.length * cut.channels + column;
+  for (int64_t t = patch.begin; t < patch.end; ++t) {
+    const T* row = patch.holds(t) ? narrow : none;
+    T* to = sample + t * cut.channels;
+    if (streams && count == WIDTH)
+      stream_copy<WIDTH>(row, to);
+    else
+      std::memcpy(to, row, sizeof(T) * count);
+  }
 }
 
 // dF of the stages whose place is not null.
@@ -148,9 +174,8 @@ void stage_gradients(const Cut& cut, const Tensor& weight, const Tensor& dx,
   const T* w = weight.const_data_ptr<T>();
   const T* source = dx.const_data_ptr<T>();
   const bool streams = of.count * cut.stages[0].numel() * int64_t{sizeof(T)} >= kStreamedBytes &&
-                       can_stream(places[wanted[0]], cut.channels());
-  if (!cut.p)
-    for (int64_t j : wanted) clear_outside(cut, places[j]);
+                       can_stream(places[wanted[0]], cut.channels);
+  if (!cut.p) clear_outside(cut, places);
   multiply<T>(
       of, [&](int64_t m, int64_t r) { return as_units<T>(source + (wanted[m] * all + r) * D); }, 1,
       by_columns<T>([&](int64_t m, int64_t d) { return w + (wanted[m] * D + d) * width; }),
@@ -161,15 +186,13 @@ void stage_gradients(const Cut& cut, const Tensor& weight, const Tensor& dx,
         else
           share_out(cut, r, column, count, sums, streams, to);
       });
-  if (streams) finish_streams();
 }
 
 template <typename T>
-void weight_gradient(const Cut& cut, const Tensor& dx, T* dweight) {
+void weight_gradient(const Cut& cut, const Rows<T>& rows, const Tensor& dx, T* dweight) {
   const int64_t D = dx.size(3), width = cut.width(), all = cut.rows();
   const Products of{cut.count(), D, width, all};
   const T* source = dx.const_data_ptr<T>();
-  const Rows<T> rows(cut);
   const Turned<T> left(of, [&](int64_t j, int64_t r) { return source + (j * all + r) * D; });
   const bool streams =
       of.count * D * width * int64_t{sizeof(T)} >= kStreamedBytes && can_stream(dweight, width);
@@ -179,16 +202,16 @@ void weight_gradient(const Cut& cut, const Tensor& dx, T* dweight) {
       [&](int64_t j, int64_t d, int64_t column, int64_t count, const float* sums) {
         put_lanes<T>(sums, count, streams, dweight + (j * D + d) * width + column);
       });
-  if (streams) finish_streams();
 }
 
-// dF of every stage, then dW; what is not needed is an empty tensor. The stages have a block of
-// their own: theirs are freed on the way, the parameters' gradients after the step.
+// dF of every stage, then dW; what is not needed is an empty tensor. `means` as forward pooled
+// them, null to pool again. The stages have a block of their own: theirs are freed on the way, the
+// parameters' gradients after the step.
 template <typename T>
 std::vector<Tensor> projection_gradients(const Cut& cut, const Tensor& weight, const Tensor& dx,
                                          const std::vector<int64_t>& needs, bool needs_weight,
-                                         KeptGroup& of_stages, KeptGroup& memory) {
-  const std::vector<int64_t> tokens{cut.batch(), cut.length(), cut.channels()};
+                                         const T* means, KeptGroup& of_stages, KeptGroup& memory) {
+  const std::vector<int64_t> tokens{cut.batch, cut.length, cut.channels};
   std::vector<Tensor> results;
   std::vector<T*> places;
   for (int64_t need : needs) {
@@ -202,7 +225,8 @@ std::vector<Tensor> projection_gradients(const Cut& cut, const Tensor& weight, c
     return results;
   }
   results.push_back(memory.empty(weight, {weight.size(0), weight.size(1), weight.size(2)}));
-  weight_gradient<T>(cut, dx, results.back().mutable_data_ptr<T>());
+  weight_gradient<T>(cut, means ? Rows<T>(cut, means) : Rows<T>(cut), dx,
+                     results.back().mutable_data_ptr<T>());
   return results;
 }
 

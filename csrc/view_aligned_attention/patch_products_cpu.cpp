@@ -21,9 +21,9 @@ void project_patches_cpu(std::vector<Tensor> stages, const Tensor& weight, const
                          Tensor x) {
   const Cut cut = cut_of(stages, offsets, mask, patch_size);
   if (weight.scalar_type() == ScalarType::Float)
-    project<float>(cut, weight, bias, position, stage, x);
+    project<float>(cut, Rows<float>(cut), weight, bias, position, stage, x);
   else
-    project<BFloat16>(cut, weight, bias, position, stage, x);
+    project<BFloat16>(cut, Rows<BFloat16>(cut), weight, bias, position, stage, x);
 }
 
 // dF of every stage, then dW.
@@ -34,9 +34,10 @@ std::vector<Tensor> project_patches_backward_cpu(std::vector<Tensor> stages, con
   const Cut cut = cut_of(stages, offsets, mask, patch_size);
   KeptGroup of_stages(bytes_of_stages(cut, needs)), memory(needs_weight ? bytes_like(weight) : 0);
   return weight.scalar_type() == ScalarType::Float
-             ? projection_gradients<float>(cut, weight, dx, needs, needs_weight, of_stages, memory)
-             : projection_gradients<BFloat16>(cut, weight, dx, needs, needs_weight, of_stages,
-                                              memory);
+             ? projection_gradients<float>(cut, weight, dx, needs, needs_weight, nullptr, of_stages,
+                                           memory)
+             : projection_gradients<BFloat16>(cut, weight, dx, needs, needs_weight, nullptr,
+                                              of_stages, memory);
 }
 
 #endif

@@ -60,12 +60,15 @@ def _is_mask(mask: Tensor, argument: str, like: Tensor, B: int, T: int) -> None:
     expect(mask, OP, argument, "B T", dtype=MASKS, like=like, B=B, T=T)
 
 
-def _is_like(tensor: Tensor, first: Tensor) -> bool:
+def _have_shapes(tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]], like: Tensor) -> bool:
     """The common answer without the words of a refusal, which cost more than the comparison."""
-    return (
-        tensor.shape == first.shape
-        and tensor.dtype == first.dtype
-        and tensor.device == first.device
+    dtype, device = like.dtype, like.device
+    return all(
+        isinstance(tensor, Tensor)
+        and tensor.shape == shape
+        and tensor.dtype == dtype
+        and tensor.device == device
+        for tensor, shape in zip(tensors, shapes, strict=True)
     )
 
 
@@ -75,16 +78,19 @@ def check_stages(student: Sequence[Tensor], teacher: Sequence[Tensor], has_offse
     same = len(teacher) == len(student)
     expect_that(same, OP, "teacher_stages", f"{len(student)} tensors", len(teacher))
     B, T, H = expect(student[0], OP, "student_stages[0]", "B T H")
-    for j, stage in enumerate(student):
-        if _is_like(stage, student[0]):
-            continue
+    fits = _have_shapes(student, [student[0].shape] * len(student), student[0])
+    for j, stage in enumerate(() if fits else student):
         _fits(stage, f"student_stages[{j}]", "B T H", student[0], B=B, T=T, H=H)
     sizes = {"B": B} if has_offsets else {"B": B, "T": T}
-    for j, stage in enumerate(teacher):
+    shapes = [getattr(teacher[0], "shape", ())] * len(teacher)
+    fits = _have_shapes(teacher, shapes, student[0])
+    for j, stage in enumerate(teacher[:1] if fits else teacher):
         name = f"teacher_stages[{j}]"
-        if j == 0 or not _is_like(stage, teacher[0]):
-            _, sizes["T"], sizes["H"] = _fits(stage, name, "B T H", student[0], **sizes)
-        expect_that(not stage.requires_grad, OP, name, "without gradient: detach it", "one")
+        _, sizes["T"], sizes["H"] = _fits(stage, name, "B T H", student[0], **sizes)
+    for j, stage in enumerate(teacher):
+        if stage.requires_grad:
+            name = f"teacher_stages[{j}]"
+            raise ValueError(f"{OP}: {name} must be without gradient: detach it, got one")
 
 
 def check_weights(
@@ -99,6 +105,12 @@ def check_weights(
     patch_weight, patch_bias, qkv_weight, head_weight, head_bias = weights
     S, M = stages, teacher.shape[2]
     width = student.shape[2] * max(patch_size, 1)
+    if isinstance(patch_bias, Tensor) and patch_bias.dim() == 2 and num_heads >= 1:
+        D = patch_bias.shape[1]
+        shapes = [(S, D, width), (S, D), (3 * D, D), (S, M, D), (S, M)]
+        given = [weight for weight in weights if weight is not None]
+        if D % num_heads == 0 and _have_shapes(given, shapes[: len(given)], student):
+            return
     letters = "S D pH" if patch_size else "S D H"
     _, D, _ = _fits(patch_weight, "patch_weight", letters, student, S=S, pH=width, H=width)
     divides = num_heads >= 1 and D % num_heads == 0

@@ -4,7 +4,7 @@
 loss = sum_j s_j sum_n v_n |U_j Y_jn + u_j - G_jn|^2 / (M sum v)
 
 The loss comes last and is a scalar: dY, dU and du are formed with it. The attention then needs
-delta = rowsum(dY * Y) only, so X, QKV, L, dY and delta are kept, and Y is not.
+delta = rowsum(dY * Y) only, so X, QKV, L, dY and delta are kept, and Y is not (but see `at_once`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..ops.shared import patches
+from ..ops.view_aligned_attention.joined.steps import at_once
 from .alignment_arguments import is_watched
 from .alignment_steps import gradients, loss_and_kept
 
@@ -138,7 +139,7 @@ def _wanted(
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """dF of the stages and the gradients of the seven parameters; None where not wanted."""
     patch_weight, qkv_weight, offsets, mask, *rest = saved
-    kept, stages = rest[:9], rest[9:]
+    kept, stages = rest[: -len(wants_stages)], rest[-len(wants_stages) :]
     num_heads, patch_size, causal, backend = options
     patch, bias, qkv, head, head_bias, position, stage = wants
     needs = [patch, bias or stage, qkv, head, head_bias, position]
@@ -168,7 +169,22 @@ class _Plain(torch.autograd.Function):
         parameters, stages = tensors[:7], tensors[7:]
         targets, offsets, _, mask, *_ = rest
         num_heads, patch_size, causal, backend = *rest[6:9], rest[-1]
-        loss, *kept = loss_and_kept(list(stages), targets, *parameters, *rest[1:])
+        tables, stage_weights, target_norm, needs = rest[1:5], rest[5], rest[9], rest[10:13]
+        found = at_once(
+            list(stages),
+            targets,
+            parameters,
+            tables,
+            stage_weights,
+            num_heads,
+            patch_size,
+            causal,
+            target_norm,
+            needs,
+            True,
+            backend,
+        ) or loss_and_kept(list(stages), targets, *parameters, *rest[1:])
+        loss, *kept = found
         ctx.save_for_backward(parameters[0], parameters[2], offsets, mask, *kept, *stages)
         ctx.options = (num_heads, patch_size, causal, backend)
         return loss

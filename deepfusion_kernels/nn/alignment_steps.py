@@ -41,12 +41,22 @@ def loss_and_kept(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, then 1 / (M sum v), v, X, QKV, L, dY, delta, dU, du; what is not needed is empty."""
+    needs = (needs_hidden, needs_head, needs_head_bias)
+    found = steps.at_once(
+        stages, targets,
+        (patch_weight, patch_bias, qkv_weight, head_weight, head_bias, patch_embedding,
+         stage_embedding),
+        (offsets_BQ1, target_offsets, mask_BL, target_mask), stage_weights, num_heads, patch_size,
+        causal, target_norm, needs, False, backend,
+    )  # fmt: skip
+    if found is not None:
+        loss, factor, v, x, qkv, lse, dy, delta, dhead, dhead_bias = found
+        return loss, factor, v, x, qkv, lse, dy, delta, dhead, dhead_bias
     _cuts, target_cuts, valid_BQ, scale_SN, factor, x, qkv, lse, y = steps.attended(
         stages, patch_weight, patch_bias, qkv_weight, patch_embedding, stage_embedding,
         offsets_BQ1, target_offsets, mask_BL, target_mask, targets[0].shape[1],
         head_weight.shape[1], stage_weights, num_heads, patch_size, causal, backend,
     )  # fmt: skip
-    needs = (needs_hidden, needs_head, needs_head_bias)
     sse_SN, dy, dhead, dhead_bias = stage_errors(
         y.flatten(1, 2), head_weight, head_bias, targets, target_cuts, target_mask, scale_SN,
         target_norm, needs, backend,
@@ -74,10 +84,10 @@ def gradients(
     backend: str,
 ) -> list[Tensor]:
     """dF of every stage, then what `needs` names: dW, dc, dWqkv, dU, du, dpos."""
-    factor, valid_BQ, x, qkv, lse, dy, delta, dhead, dhead_bias = kept
+    factor, valid_BQ, x, qkv, lse, dy, delta, dhead, dhead_bias, *rows = kept
     needs_patch_weight, needs_bias, needs_qkv, _, _, needs_position = needs
     of_hidden = [*needs_stages, needs_patch_weight, needs_bias, needs_qkv, needs_position]
-    if any(of_hidden):
+    if any(of_hidden) or rows:
         found = steps.gradients(
             upstream, kept, stages, patch_weight, qkv_weight, offsets_BQ1, mask_BL, num_heads,
             patch_size, causal, of_hidden, backend,

@@ -50,7 +50,7 @@ def forward_stages(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`forward` of every stage at once; a target [B, L, M] a stage."""
-    sse_SN, dfeatures, dweight, dbias = torch.ops.deepfusion_native.linear_mse_stages(
+    sse_SN, dfeatures, dweight, dbias = torch.ops.deepfusion_native.linear_mse_stages.default(
         features_SND.contiguous(),
         weight_SMD.contiguous(),
         None if bias_SM is None else bias_SM.contiguous(),

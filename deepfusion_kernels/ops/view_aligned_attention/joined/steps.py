@@ -1,4 +1,4 @@
-"""Before and after the errors of the joined loss, for callers inside an opaque op.
+"""The joined loss for callers inside an opaque op: in one call, or before and after its errors.
 
 X = patches W + c      Q, K, V = X Wqkv      Y = attention      loss = factor sum_jn c_jn |R_jn|^2
 """
@@ -15,6 +15,32 @@ from .. import native_impl as steps_on_cpu
 from ..loss_rows import loss_rows
 from ..op import IMPLS, default_scale, row_delta
 from . import native_impl
+
+
+def at_once(
+    stages: list[Tensor],
+    targets: list[Tensor],
+    parameters: native_impl.Parameters,
+    tables: native_impl.Tables,
+    stage_weights: list[float],
+    num_heads: int,
+    patch_size: int,
+    causal: bool,
+    target_norm: bool,
+    needs: Sequence[bool],
+    keeps_rows: bool,
+    backend: str,
+) -> list[Tensor] | None:
+    """The loss and all that backward needs, where the backend has such a call.
+
+    What rows are kept with keeps_rows is between the two calls of a backend.
+    """
+    if IMPLS[backend] is not steps_on_cpu:
+        return None
+    return native_impl.loss_and_kept(
+        stages, targets, parameters, tables, stage_weights, num_heads, patch_size, causal,
+        target_norm, needs, keeps_rows,
+    )  # fmt: skip
 
 
 def attended(
@@ -35,18 +61,10 @@ def attended(
     patch_size: int,
     causal: bool,
     backend: str,
-) -> native_impl.Found:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Both tables, v, c [S, B Q], the factor, X, QKV, L, Y."""
     impl, scale = IMPLS[backend], default_scale(patch_weight.shape[1], num_heads)
     embeddings = (patch_embedding, stage_embedding)
-    if impl is steps_on_cpu:
-        found = native_impl.attended(
-            stages, patch_weight, patch_bias, qkv_weight, *embeddings, offsets_BQ1, target_offsets,
-            mask_BL, target_mask, target_length, width, stage_weights, num_heads, patch_size,
-            causal, scale,
-        )  # fmt: skip
-        if found is not None:
-            return found
     cuts, target_cuts, valid_BQ, scale_SN, factor = loss_rows(
         offsets_BQ1, target_offsets, mask_BL, target_mask, stages[0].shape[1], target_length,
         width, stage_weights, patches.wide_dtype(patch_weight.dtype), backend,
@@ -68,8 +86,6 @@ def finished(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The loss, and delta = rowsum(dY * Y) of every head; dY may be empty, and delta is then."""
-    if IMPLS[backend] is steps_on_cpu and native_impl.serves(y_SBQD):
-        return native_impl.finished(scale_SN, sse_SN, factor, y_SBQD, dy, num_heads)
     loss = torch.dot(scale_SN.flatten(), sse_SN.flatten()) * factor
     if dy.numel() != y_SBQD.numel():
         return loss, scale_SN.new_empty(0)
@@ -95,5 +111,5 @@ def gradients(
         return None
     return native_impl.gradients(
         upstream, kept, stages, patch_weight, qkv_weight, offsets_BQ1, mask_BL, num_heads,
-        patch_size, causal, default_scale(patch_weight.shape[1], num_heads), needs,
+        patch_size, causal, needs,
     )  # fmt: skip
