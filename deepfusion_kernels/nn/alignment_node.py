@@ -171,19 +171,9 @@ class _Plain(torch.autograd.Function):
         num_heads, patch_size, causal, backend = *rest[6:9], rest[-1]
         tables, stage_weights, target_norm, needs = rest[1:5], rest[5], rest[9], rest[10:13]
         found = at_once(
-            list(stages),
-            targets,
-            parameters,
-            tables,
-            stage_weights,
-            num_heads,
-            patch_size,
-            causal,
-            target_norm,
-            needs,
-            True,
-            backend,
-        ) or loss_and_kept(list(stages), targets, *parameters, *rest[1:])
+            list(stages), targets, parameters, tables, stage_weights, num_heads, patch_size, causal,
+            target_norm, needs, True, backend,
+        ) or loss_and_kept(list(stages), targets, *parameters, *rest[1:])  # fmt: skip
         loss, *kept = found
         ctx.save_for_backward(parameters[0], parameters[2], offsets, mask, *kept, *stages)
         ctx.options = (num_heads, patch_size, causal, backend)
