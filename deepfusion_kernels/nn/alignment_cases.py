@@ -12,7 +12,9 @@ from ..cases import Case, Make
 DOOR = "view_aligned_attention"
 
 
-def _make(B: int, T: int, J: int, H: int, M: int, D: int, heads: int, p: int, kind: str) -> Make:
+def _make(
+    B: int, T: int, J: int, H: int, M: int, D: int, heads: int, p: int, kind: str, causal: bool
+) -> Make:
     def make(device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)
 
@@ -34,34 +36,51 @@ def _make(B: int, T: int, J: int, H: int, M: int, D: int, heads: int, p: int, ki
             "num_heads": heads,
             "patch_size": p,
             "patchify": kind,
+            "causal": causal,
         }
 
     return make
 
 
 def _case(
-    name: str, B: int, T: int, J: int, H: int, M: int, D: int, heads: int, p: int, kind: str
+    name: str,
+    B: int,
+    T: int,
+    J: int,
+    H: int,
+    M: int,
+    D: int,
+    heads: int,
+    p: int,
+    kind: str,
+    causal: bool = False,
 ) -> Case:
     Q, width = -(-T // p), H * (p if kind == "conv" else 1)
     rows, weights = B * J * Q, J * D * width + 3 * D * D + J * M * D
+    # half of the scores are seen, more or less
+    scores = B * (J * Q) ** 2 // (2 if causal else 1)
     return Case(
-        name=f"{name}-{kind}",
+        name=f"{name}-{kind}{'-causal' if causal else ''}",
         door=DOOR,
-        make=_make(B, T, J, H, M, D, heads, p, kind),
+        make=_make(B, T, J, H, M, D, heads, p, kind, causal),
         # the student's stages in and out, the teacher's in, weights in and their gradients out
         bytes_moved=lambda itemsize: itemsize * (B * T * J * (2 * H + M) + 2 * weights),
-        flops=rows * (6 * D * width + 18 * D * D + 6 * D * M) + 14 * B * (J * Q) ** 2 * D,
+        flops=rows * (6 * D * width + 18 * D * D + 6 * D * M) + 14 * scores * D,
         quick=rows <= 64,
     )
 
 
-CASES: tuple[Case, ...] = tuple(
-    case
-    for kind in ("conv", "pool")
-    for case in (
-        _case("joined-tiny", 2, 7, 3, 6, 5, 8, 2, 3, kind),
-        _case("joined-demo", 8, 128, 4, 192, 128, 128, 4, 8, kind),
-        _case("joined-pat", 8, 128, 4, 2048, 2048, 512, 8, 8, kind),
-        _case("joined-headline", 8, 2048, 4, 2048, 2048, 512, 8, 8, kind),
-    )
+_SIZES = (
+    ("joined-demo", 8, 128, 4, 192, 128, 128, 4, 8),
+    ("joined-pat", 8, 128, 4, 2048, 2048, 512, 8, 8),
+    ("joined-headline", 8, 2048, 4, 2048, 2048, 512, 8, 8),
+)
+CASES: tuple[Case, ...] = (
+    *(_case("joined-tiny", 2, 7, 3, 6, 5, 8, 2, 3, kind) for kind in ("conv", "pool")),
+    *(
+        _case(*sizes, kind, causal)
+        for causal in (False, True)
+        for kind in ("conv", "pool")
+        for sizes in _SIZES
+    ),
 )
