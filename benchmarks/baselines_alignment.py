@@ -104,6 +104,7 @@ def eager_view_aligned_attention(
     num_heads: int,
     patch_size: int = 8,
     patchify: str = "conv",
+    causal: bool = False,
     target_norm: bool = False,
     as_conv1d: bool = False,
 ) -> Tensor:
@@ -123,7 +124,9 @@ def eager_view_aligned_attention(
         else:
             rows = F.pad(stage, (0, 0, 0, -T % p)) if T % p else stage
             parts.append(F.linear(rows.reshape(B, -1, p * H), weight, bias))
-    y = eager_multi_stage_attention(torch.stack(parts, 1), qkv_weight, num_heads=num_heads)
+    y = eager_multi_stage_attention(
+        torch.stack(parts, 1), qkv_weight, num_heads=num_heads, causal=causal
+    )
     losses = [
         eager_fused_linear_mse(
             y[:, j], head_weight[j], head_bias[j], target, patch_size=p, target_norm=target_norm
