@@ -18,7 +18,6 @@
 #if defined(DF_LEVEL_avx512)
 namespace deepfusion::inline DF_LEVEL {
 
-constexpr float kNormEps = 1e-6f;
 // errors of a chunk over all stages: 4 MiB of float32, beside which the packed factors stay small
 constexpr int64_t kChunkErrors = int64_t{1} << 20;
 constexpr int64_t kLeastRows = 64;
@@ -77,19 +76,6 @@ struct Chunk {
       return errors.get() + row(j, r) * of.M;
   }
 };
-
-// Layer normalisation without affine.
-inline void normalise(float* row, int64_t width) {
-  float sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t m = 0; m < width; ++m) sum += row[m];
-  const float mean = sum / static_cast<float>(width);
-#pragma omp simd reduction(+ : squares)
-  for (int64_t m = 0; m < width; ++m) squares += (row[m] - mean) * (row[m] - mean);
-  const float scale = 1.0f / std::sqrt(squares / static_cast<float>(width) + kNormEps);
-#pragma omp simd
-  for (int64_t m = 0; m < width; ++m) row[m] = (row[m] - mean) * scale;
-}
 
 // Whole rows in a pass of its own: the products wait for nothing that lies in memory.
 template <typename T>

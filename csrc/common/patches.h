@@ -1,4 +1,5 @@
-// Mean of the valid tokens of a patch: the pooled row that the projection and the loss both read.
+// Mean of the valid tokens of a patch, the pooled row that the projection and the loss both read,
+// and its layer normalisation.
 #pragma once
 
 #include "common/cpu.h"
@@ -46,6 +47,22 @@ inline void pool_row(const T* tokens, int64_t token_stride, const Patch& patch, 
   const W share = W(1) / static_cast<W>(count);
 #pragma omp simd
   for (int64_t c = 0; c < width; ++c) mean[c] *= share;
+}
+
+constexpr double kNormEps = 1e-6;
+
+// Layer normalisation without affine.
+template <typename W>
+inline void normalise(W* row, int64_t width) {
+  W sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t c = 0; c < width; ++c) sum += row[c];
+  const W mean = sum / static_cast<W>(width);
+#pragma omp simd reduction(+ : squares)
+  for (int64_t c = 0; c < width; ++c) squares += (row[c] - mean) * (row[c] - mean);
+  const W scale = W(1) / std::sqrt(squares / static_cast<W>(width) + static_cast<W>(kNormEps));
+#pragma omp simd
+  for (int64_t c = 0; c < width; ++c) row[c] = (row[c] - mean) * scale;
 }
 
 }  // namespace deepfusion::inline DF_LEVEL

@@ -15,22 +15,6 @@ namespace {
 using namespace deepfusion;
 using torch::stable::Tensor;
 
-constexpr double kNormEps = 1e-6;
-
-// Layer normalisation without affine.
-template <typename W>
-void normalise(W* row, int64_t width) {
-  W sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t c = 0; c < width; ++c) sum += row[c];
-  const W mean = sum / static_cast<W>(width);
-#pragma omp simd reduction(+ : squares)
-  for (int64_t c = 0; c < width; ++c) squares += (row[c] - mean) * (row[c] - mean);
-  const W scale = W(1) / std::sqrt(squares / static_cast<W>(width) + static_cast<W>(kNormEps));
-#pragma omp simd
-  for (int64_t c = 0; c < width; ++c) row[c] = (row[c] - mean) * scale;
-}
-
 // sse of the row; the row becomes its gradient.
 template <typename W, typename T>
 W error_row(W* row, const W* goal, const T* bias, W scale, int64_t width) {

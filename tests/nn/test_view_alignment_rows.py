@@ -136,5 +136,6 @@ def test_many_rows_keep_the_gradient_of_the_head() -> None:
     for leaf in leaves(given):
         leaf.requires_grad_()
     rows = 64 * 8 * 4
-    # X, QKV, dY, pooled rows; L, delta, v, dU and the rest are less than three rows more
-    assert _saved(given) < 9 * rows
+    # X, QKV, dY, pooled rows; L, delta, v, dU and the rest are less than two rows more, E and Y
+    # would be two
+    assert _saved(given) < 8 * rows
