@@ -230,17 +230,23 @@ inline void store_lanes(const W* lanes, int64_t count, T* target) {
   }
 }
 
+#if defined(DF_LEVEL_avx512)
+[[gnu::always_inline]] inline __m256i round_vector(__m512 lanes) {
+  __m256i narrow;
+  // not the intrinsic, which only a function compiled for avx512bf16 may use
+  asm("vcvtneps2bf16 %1, %0" : "=v"(narrow) : "v"(lanes));
+  return narrow;
+}
+#endif
+
 // The same for all N lanes; S says that this processor rounds to bfloat16 itself.
 template <typename S, int64_t N, typename T, typename W>
 inline void round_lanes(const W* lanes, T* target) {
 #if defined(DF_LEVEL_avx512)
   if constexpr (std::is_same_v<S, BFloat16> && std::is_same_v<T, BFloat16>) {
-    for (int64_t lane = 0; lane < N; lane += 16) {
-      __m256i narrow;
-      // not the intrinsic, which only a function compiled for avx512bf16 may use
-      asm("vcvtneps2bf16 %1, %0" : "=v"(narrow) : "v"(_mm512_loadu_ps(lanes + lane)));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + lane), narrow);
-    }
+    for (int64_t lane = 0; lane < N; lane += 16)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + lane),
+                          round_vector(_mm512_loadu_ps(lanes + lane)));
     return;
   }
 #endif
@@ -279,6 +285,20 @@ inline void stream_copy([[maybe_unused]] const T* source, [[maybe_unused]] T* ta
 // The same for lanes that are rounded to T.
 template <typename S, int64_t N, typename T, typename W>
 inline void stream_lanes(const W* lanes, T* target) {
+#if defined(DF_LEVEL_avx512)
+  if constexpr (std::is_same_v<S, BFloat16> && std::is_same_v<T, BFloat16>) {
+    static_assert(N % 32 == 0);
+    for (int64_t lane = 0; lane < N; lane += 32) {
+      // a whole line in a register: halves put together in memory would be read only after every
+      // line before has left
+      const __m512i line =
+          _mm512_inserti64x4(_mm512_zextsi256_si512(round_vector(_mm512_loadu_ps(lanes + lane))),
+                             round_vector(_mm512_loadu_ps(lanes + lane + 16)), 1);
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(target + lane), line);
+    }
+    return;
+  }
+#endif
   alignas(64) T narrow[N];
   round_lanes<S, N>(lanes, narrow);
   stream_copy<N>(narrow, target);

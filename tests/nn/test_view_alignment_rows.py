@@ -21,6 +21,8 @@ pytestmark = pytest.mark.skipif(why_not("cpu") is not None, reason=str(why_not("
 DTYPES = [torch.float32, torch.bfloat16]
 # 2 patches a sample: four rows a stage, far fewer than the heads are wide or high
 FEW = {"T": 8, "p": 4, "J": 2, "D": 32, "M": 48}
+# sums of three pieces, and tasks enough that the panels of one are packed beside the tiles of another
+LONG = {"B": 5, "T": 32, "p": 4, "J": 2, "H": 48, "D": 64, "M": 2080}
 
 
 class _Onlooker(TorchDispatchMode):
@@ -45,8 +47,9 @@ def kept_bytes() -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("patchify", ["conv", "pool"])
-def test_few_rows_within_budget(patchify, dtype, poisoned_memory) -> None:
-    given = draw(dtype, patchify=patchify, **FEW)
+@pytest.mark.parametrize("sizes", [FEW, LONG], ids=["few", "long"])
+def test_rows_within_budget(sizes, patchify, dtype, poisoned_memory) -> None:
+    given = draw(dtype, patchify=patchify, **sizes)
     ours, ours_grads = run(view_aligned_attention, given, backend="cpu")
     eager, eager_grads = run(feature_loss, given)
     truth, truth_grads = run(
@@ -71,6 +74,24 @@ def test_kept_rows_change_no_bit(patchify, dtype) -> None:
     assert torch.equal(loss, other)
     for i, (mine, theirs) in enumerate(zip(grads, other_grads, strict=True)):
         assert torch.equal(mine, theirs), f"gradient {i}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_change_no_bit(dtype) -> None:
+    """Whichever thread takes a task, and whatever it had packed for another."""
+    given = draw(dtype, patchify="conv", **LONG)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(run(view_aligned_attention, given, backend="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    for loss, grads in found[1:]:
+        assert torch.equal(loss, found[0][0])
+        for mine, theirs in zip(grads, found[0][1], strict=True):
+            assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
