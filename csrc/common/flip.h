@@ -1,6 +1,7 @@
 // Transposes in squares that stay in registers.
 #pragma once
 
+#include "common/lanes.h"
 #include "common/pack.h"
 
 namespace deepfusion::inline DF_LEVEL {

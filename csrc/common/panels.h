@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/held_bytes.h"
+#include "common/lanes.h"
 #include "common/pack.h"
 #include "common/row_blocks.h"
 

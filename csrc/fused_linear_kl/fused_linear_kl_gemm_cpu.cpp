@@ -8,6 +8,7 @@
 // same however the work is shared out.
 #include "common/checks.h"
 #include "common/large_pages.h"
+#include "common/lanes.h"
 #include "common/pack.h"
 
 #include <cstdlib>

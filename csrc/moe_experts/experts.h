@@ -8,6 +8,7 @@
 #include "common/checks.h"
 #include "common/gated_activation.h"
 #include "common/kept_memory.h"
+#include "common/lanes.h"
 #include "common/pack.h"
 #include "common/row_blocks.h"
 
