@@ -6,10 +6,11 @@ A device whose upload is whole on disk for the same inputs is not trained again.
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import torch
@@ -83,7 +84,7 @@ def gather(jobs: Sequence[DeviceJob], workers: int = 1) -> list[Path]:
     left = [job for job in jobs if not _is_done(job)]
     if workers > 1 and len(left) > 1:
         context = get_context("spawn")
-        with ProcessPoolExecutor(workers, context, _limit_threads, (workers,)) as pool:
+        with ProcessPoolExecutor(workers, context, _begin_worker, (workers,)) as pool:
             for job, _ in zip(left, pool.map(run_device, left), strict=True):
                 _finish(job)
     else:
@@ -133,5 +134,14 @@ def _finish(job: DeviceJob) -> None:
     StageStore(job.run_folder).mark_done(job.device, job.inputs_hash(), [job.upload])
 
 
-def _limit_threads(workers: int) -> None:
+def _begin_worker(workers: int) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    """Ends this worker when the run that started it is killed; what is half done is done again."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

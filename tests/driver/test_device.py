@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -211,6 +212,40 @@ def test_kill_9_and_run_again_is_the_uninterrupted_run(shop: Path, tmp_path: Pat
     ]
     assert records[0] == records[1]
     assert not list((broken / "devices").glob("*.safetensors"))
+
+
+BUSY = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from deepfusion.device.gather import _begin_worker
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, get_context("spawn"), _begin_worker, (1,)) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 120).result()
+"""
+
+
+def _is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_a_worker_ends_with_the_run_that_was_killed(tmp_path: Path) -> None:
+    script = tmp_path / "busy.py"
+    script.write_text(BUSY)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        worker = int(run.stdout.readline())
+        assert _is_running(worker)
+        run.kill()
+    patience = time.monotonic() + 30
+    while _is_running(worker) and time.monotonic() < patience:
+        time.sleep(0.05)
+    assert not _is_running(worker)
 
 
 def test_a_device_learns_its_own_facts_and_nobody_elses() -> None:
