@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(why_not("cpu") is not None, reason=str(why_not("
 DTYPES = [torch.float32, torch.bfloat16]
 # 2 patches a sample: four rows a stage, far fewer than the heads are wide or high
 FEW = {"T": 8, "p": 4, "J": 2, "D": 32, "M": 48}
-# sums of three pieces, and tasks enough that the panels of one are packed beside the tiles of another
+# sums of three pieces; tasks enough that panels of one are packed beside the tiles of another
 LONG = {"B": 5, "T": 32, "p": 4, "J": 2, "H": 48, "D": 64, "M": 2080}
 
 
