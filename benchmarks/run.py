@@ -92,6 +92,8 @@ def line(row: Row) -> str:
 def cases_of(stem: str, options: argparse.Namespace) -> list[Case]:
     """The cases of a stem that are worth timing, on the inputs that were asked for."""
     cases = [case for case in CATALOG[stem].cases if not case.quick and options.case in case.name]
+    # a whole name means that case alone, though others begin with it
+    cases = [case for case in cases if case.name == options.case] or cases
     inputs = options.std, options.teacher, options.masked
     return [varied(case, *inputs) for case in cases[: 1 if options.quick else None]]
 
@@ -137,7 +139,7 @@ def write(path: Path, facts: dict[str, Any], rows: list[dict[str, Any]], whole: 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--op", action="append", choices=list(CATALOG), help="stem; default all")
-    parser.add_argument("--case", default="", help="only cases whose name holds this")
+    parser.add_argument("--case", default="", help="the case of this name, else all that hold it")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=list(DTYPES))
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="first case, 3 repeats, not written")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks import baselines, peers
 from benchmarks.inputs import varied
-from benchmarks.run import baselines_of
+from benchmarks.run import baselines_of, cases_of, parse
 from deepfusion_kernels.bench.accuracy import error_against, outputs_and_gradients, truth_of
 from deepfusion_kernels.bench.runner import measure
 from deepfusion_kernels.cases import Case
@@ -169,3 +169,16 @@ def test_optional_peers_compute_the_same(peer: str, divergence: str) -> None:
     error = error_against(truth_of(door, arguments), outputs + gradients)
     assert error is not None
     assert error < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("word", "names"),
+    [
+        ("joined-pat-conv", ["joined-pat-conv"]),
+        ("pat-conv", ["joined-pat-conv", "joined-pat-conv-causal"]),
+        ("no such case", []),
+    ],
+)
+def test_a_whole_name_is_that_case_alone(word: str, names: list[str]) -> None:
+    cases = cases_of("view_aligned_attention", parse(["--case", word]))
+    assert [case.name for case in cases] == names
