@@ -120,6 +120,14 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
       "Tensor(b!) scale, Tensor(c!) factor) -> bool");
   m.def("multiplies_rows(Tensor like) -> bool");
   m.def(
+      "attention_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? valid, int heads, "
+      "bool causal, float scale) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_backward(Tensor dy, Tensor y, Tensor x, Tensor weight, Tensor qkv, Tensor lse, "
+      "Tensor? valid, int heads, bool causal, float scale, bool needs_x, bool needs_weight, "
+      "bool needs_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("reads_in_place(Tensor mask, int patch_size) -> bool");
+  m.def(
       "project_patches(Tensor[] stages, Tensor weight, Tensor bias, Tensor? patch_embedding, "
       "Tensor? stage_embedding, Tensor offsets, Tensor? mask, int patch_size, "
       "Tensor(a!) x) -> ()");
@@ -148,6 +156,13 @@ STABLE_TORCH_LIBRARY(deepfusion_native, m) {
       "linear_mse_stages(Tensor y, Tensor weight, Tensor? bias, Tensor[] targets, Tensor offsets, "
       "Tensor? mask, Tensor scale, bool target_norm, int chunk_rows, bool needs_y, "
       "bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_mse_loss(Tensor y, Tensor weight, Tensor? bias, Tensor target, Tensor offsets, "
+      "Tensor? mask, Tensor? row_weight, bool is_mean, bool target_norm, int chunk_rows, "
+      "bool needs_y, bool needs_weight, bool needs_bias) -> Tensor[]");
+  m.def(
+      "linear_mse_scaled(Tensor upstream, Tensor factor, Tensor dy, Tensor dweight, "
+      "Tensor dbias, Tensor like) -> (Tensor, Tensor, Tensor)");
   m.def("linear_mse_multiplies(Tensor like) -> bool");
 
   // orthogonalise

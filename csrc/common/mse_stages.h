@@ -192,11 +192,14 @@ struct StageErrors {
 };
 
 // y [J, ..., D], weight [J, M, D], bias [J, M], scale [J, N] to sse [J, N], dy, dweight, dbias in
-// float32; what is not needed is an empty tensor.
+// float32; what is not needed is an empty tensor. Of one stage the J may be left out.
 inline StageErrors stage_errors(const Tensor& y, const Tensor& weight,
                                 const std::optional<Tensor>& bias, const StageTargets& targets,
                                 const Tensor& scale, const StageNeeds& needs, int64_t chunk_rows) {
-  const int64_t J = weight.size(0), M = weight.size(1), D = weight.size(2), N = scale.size(1);
+  const std::vector<int64_t> heads{weight.sizes().begin(), weight.sizes().end()},
+      biases{heads.begin(), heads.end() - 1};
+  const int64_t D = heads.back(), M = biases.back(), J = heads.size() > 2 ? heads[0] : 1,
+                N = scale.numel() / J;
   const bool sums_up = needs.weight && !needs.errors;
   KeptGroup memory(KeptGroup::room(needs.y ? y.numel() * y.element_size() : 0) +
                    KeptGroup::room(sums_up ? weight.numel() * int64_t{sizeof(float)} : 0) +
@@ -205,10 +208,10 @@ inline StageErrors stage_errors(const Tensor& y, const Tensor& weight,
   const std::vector<int64_t> sizes{y.sizes().begin(), y.sizes().end()};
   Tensor sse = torch::stable::new_empty(scale, {J, N}),
          dy = needs.y ? memory.empty(y, sizes) : nothing(y),
-         dweight = sums_up        ? memory.empty(scale, {J, M, D})
+         dweight = sums_up        ? memory.empty(scale, heads)
                    : needs.errors ? memory.empty(y, {J, N, M})
                                   : nothing(scale),
-         dbias = needs.bias ? torch::stable::new_empty(scale, {J, M}) : nothing(scale);
+         dbias = needs.bias ? torch::stable::new_empty(scale, biases) : nothing(scale);
   if (needs.bias) std::fill_n(dbias.mutable_data_ptr<float>(), J * M, 0.0f);
   const auto call = [&]<typename T>(T) {
     form_errors<T>(

@@ -2,12 +2,13 @@
 // of a millisecond each would cost as much.
 //
 //   X = rows W + c    Q, K, V = X Wqkv^T    Y = attention    loss = factor sum_jn c_jn |R_jn|^2
-//   dX = dQKV Wqkv    dWqkv = dQKV^T X      dc_j = sum_bi dX      dpos_i = sum_jb dX
+//   dc_j = sum_bi dX    dpos_i = sum_jb dX  the rest: qkv_products.h, patch_products.h
 #include "common/checks.h"
 #include "common/mse_stages.h"
 #include "view_aligned_attention/attention.h"
 #include "view_aligned_attention/loss_rows.h"
 #include "view_aligned_attention/patch_products.h"
+#include "view_aligned_attention/qkv_products.h"
 
 namespace {
 
@@ -16,33 +17,6 @@ namespace {
 using namespace deepfusion;
 
 constexpr const char* kOp = "view_aligned_attention";
-
-template <typename T>
-void project_qkv(const Tensor& x, const Tensor& weight, T* qkv) {
-  const int64_t D = x.size(3);
-  const Products of{1, x.numel() / D, 3 * D, D};
-  const T* rows = x.const_data_ptr<T>();
-  multiply<T>(
-      of, [&](int64_t, int64_t r) { return as_units<T>(rows + r * D); }, 1,
-      ByRows<T>{weight.const_data_ptr<T>(), &of},
-      [&](int64_t, int64_t r, int64_t column, int64_t count, const float* sums) {
-        round_lanes<T, kColumns<T>>(sums, count, qkv + r * of.columns + column);
-      });
-}
-
-template <typename T>
-void find_dx(const T* dqkv, const Tensor& weight, Tensor& dx) {
-  const int64_t D = dx.size(3);
-  const T* w = weight.const_data_ptr<T>();
-  T* out = dx.mutable_data_ptr<T>();
-  multiply<T>(
-      {1, dx.numel() / D, D, 3 * D},
-      [&](int64_t, int64_t r) { return as_units<T>(dqkv + r * 3 * D); }, 1,
-      by_columns<T>([&](int64_t, int64_t k) { return w + k * D; }),
-      [&](int64_t, int64_t r, int64_t column, int64_t count, const float* sums) {
-        round_lanes<T, kColumns<T>>(sums, count, out + r * D + column);
-      });
-}
 
 // dU_j = g E_j^T Y_j, where forward kept the errors.
 template <typename T>
@@ -62,40 +36,6 @@ Tensor head_gradient(const Tensor& errors, const Tensor& y, float g, KeptGroup& 
         for (int64_t i = 0; i < kColumns<T>; ++i) lanes[i] = sums[i] * g;
         put_lanes<T>(lanes, count, streams, to + (j * M + m) * D + column);
       });
-  return out;
-}
-
-// One matrix each for Q, K and V.
-template <typename T>
-void find_dqkv_weight(const T* dqkv, const Tensor& x, T* dweight) {
-  const int64_t D = x.size(3);
-  const Products of{3, D, D, x.numel() / D};
-  const T* rows = x.const_data_ptr<T>();
-  const Turned<T> left(of, [&](int64_t j, int64_t r) { return dqkv + r * 3 * D + j * D; });
-  multiply<T>(
-      of, [&](int64_t j, int64_t d) { return left.at(j, d); }, left.kStrip,
-      by_columns<T>([&](int64_t, int64_t r) { return rows + r * D; }),
-      [&](int64_t j, int64_t d, int64_t column, int64_t count, const float* sums) {
-        round_lanes<T, kColumns<T>>(sums, count, dweight + (j * D + d) * D + column);
-      });
-}
-
-// out [groups, D] <- sums of the rows row_of(group, n), n < count, in that order.
-template <typename T, typename RowOf>
-Tensor sum_rows(const Tensor& dx, int64_t groups, int64_t count, const RowOf& row_of) {
-  const int64_t D = dx.size(3);
-  Tensor out = torch::stable::new_empty(dx, {groups, D});
-  const T* rows = dx.const_data_ptr<T>();
-  T* to = out.mutable_data_ptr<T>();
-  for_rows(groups, 1, [&](int64_t group) {
-    std::vector<float> sums(D);
-    for (int64_t n = 0; n < count; ++n) {
-      const T* row = rows + row_of(group, n) * D;
-#pragma omp simd
-      for (int64_t c = 0; c < D; ++c) sums[c] += to_wide(row[c]);
-    }
-    for (int64_t c = 0; c < D; ++c) to[group * D + c] = from_wide<T>(sums[c]);
-  });
   return out;
 }
 
@@ -120,14 +60,6 @@ Tensor total_loss(const Tensor& scale, const Tensor& sse, const Tensor& factor) 
   Tensor loss = torch::stable::new_empty(scale, {});
   *loss.mutable_data_ptr<float>() = static_cast<float>(total * *factor.const_data_ptr<float>());
   return loss;
-}
-
-template <typename Body>
-void for_type(const Tensor& like, const Body& body) {
-  if (like.scalar_type() == ScalarType::Float)
-    body(float());
-  else
-    body(BFloat16());
 }
 
 // The loss, and what backward needs: the factor, valid, X, QKV, L, dY, delta, dU, du; nothing at
@@ -168,7 +100,7 @@ std::vector<Tensor> joined_forward_cpu(
     if (pooled) Rows<T>::pool(cut, means.mutable_data_ptr<T>());
     const Rows<T> rows = pooled ? Rows<T>(cut, means.const_data_ptr<T>()) : Rows<T>(cut);
     project<T>(cut, rows, weight, bias, position, stage, x);
-    project_qkv<T>(x, qkv_weight, qkv.mutable_data_ptr<T>());
+    project_qkv<T>(x, qkv_weight, nullptr, qkv.mutable_data_ptr<T>());
     forward_heads<T>(qkv, valid, heads, causal, attention_scale, y.mutable_data_ptr<T>(), lse);
   });
   const StageErrors found = stage_errors(
@@ -236,14 +168,19 @@ std::vector<Tensor> joined_backward_cpu(const Tensor& upstream, std::vector<Tens
     results = projection_gradients<T>(cut, weight, dx, wants, needs_weight,
                                       means.numel() ? means.const_data_ptr<T>() : nullptr,
                                       of_stages, memory);
+    const auto summed = [&](int64_t groups, int64_t count, const auto& row_of) {
+      Tensor out = torch::stable::new_empty(dx, {groups, x.size(3)});
+      sum_rows(dx.const_data_ptr<T>(), x.size(3), groups, count, row_of, out.mutable_data_ptr<T>());
+      return out;
+    };
     const auto of_stage = [&](int64_t j, int64_t n) { return j * B * Q + n; };
-    results.push_back(needs_bias ? sum_rows<T>(dx, S, B * Q, of_stage) : nothing);
+    results.push_back(needs_bias ? summed(S, B * Q, of_stage) : nothing);
     results.push_back(dqkv_weight);
     results.push_back(y.numel() ? head_gradient<T>(dhead, y, g, memory)
                                 : scaled<T>(dhead, g, weight, memory));
     results.push_back(scaled<T>(dhead_bias, g, weight, memory));
     const auto of_patch = [&](int64_t i, int64_t n) { return n * Q + i; };
-    results.push_back(needs_position ? sum_rows<T>(dx, Q, S * B, of_patch) : nothing);
+    results.push_back(needs_position ? summed(Q, S * B, of_patch) : nothing);
   });
   return results;
 }

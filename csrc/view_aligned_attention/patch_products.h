@@ -1,142 +1,89 @@
 // The patch projection of all stages in one call each way, where rows are multiplied as they lie
-// (common/row_products.h): conv rows are read in place, pooled ones are means of a patch's tokens.
+// (common/row_products.h). Rows without a valid token have X = c + st + pos and dX = 0: they are in
+// no product.
 //
 //   X_jr = W_j row_jr + c_j + st_j + pos_i        drow_jr = W_j^T dX_jr        dW_j = sum_r dX_jr
 //   row_jr^T
 #pragma once
 
-#include "common/checks.h"
-#include "common/patches.h"
 #include "common/kept_group.h"
 #include "common/row_products.h"
-
-#include <optional>
-#include <vector>
+#include "view_aligned_attention/patch_rows.h"
 
 #if defined(DF_LEVEL_avx512)
 namespace deepfusion::inline DF_LEVEL {
 
 using torch::stable::Tensor;
 
-// stages [B, L, H]; p tokens a row, or means of patches if p is 0. Sizes are asked for once: a
-// tensor answers through a call into the library.
-struct Cut {
-  const std::vector<Tensor>& stages;
-  const int32_t* offsets;
-  const bool* mask;
-  int64_t p, batch, length, channels, patches;
-
-  Cut(const std::vector<Tensor>& all, const Tensor& cuts, const bool* valid, int64_t patch_size)
-      : stages(all),
-        offsets(cuts.const_data_ptr<int32_t>()),
-        mask(valid),
-        p(patch_size),
-        batch(all[0].size(0)),
-        length(all[0].size(1)),
-        channels(all[0].size(2)),
-        patches(cuts.size(1) - 1) {}
-  int64_t rows() const { return batch * patches; }
-  int64_t width() const { return channels * std::max<int64_t>(p, 1); }
-  int64_t count() const { return static_cast<int64_t>(stages.size()); }
-  Patch patch(int64_t r) const {
-    return patch_at(offsets, mask, patches, length, r / patches, r % patches);
-  }
-};
-
-// Where the rows of every stage begin: in the stage, or in a buffer of means [J, rows, H].
-template <typename T>
-class Rows {
- public:
-  explicit Rows(const Cut& cut) : Rows(cut, nullptr) {
-    if (cut.p) return;
-    own_.emplace(cut.count() * cut.rows() * cut.width());
-    pool(cut, own_->get());
-    read(cut, own_->get());
-  }
-  // means that were found before, null where the rows lie in the stages
-  Rows(const Cut& cut, const T* means) : patches_(cut.patches) {
-    for (const Tensor& stage : cut.stages) {
-      base_.push_back(stage.const_data_ptr<T>());
-      sample_.push_back(stage.stride(0));
-      row_.push_back(cut.p * stage.stride(1));
-    }
-    if (means) read(cut, means);
-  }
-  const T* at(int64_t j, int64_t r) const {
-    return base_[j] + r / patches_ * sample_[j] + r % patches_ * row_[j];
-  }
-  static void pool(const Cut& cut, T* means) {
-    const int64_t rows = cut.rows(), width = cut.width();
-    for_rows(cut.count() * rows, 16, [&](int64_t task) {
-      const int64_t j = task / rows, r = task % rows;
-      const Tensor& stage = cut.stages[j];
-      thread_local std::vector<float> mean;
-      mean.resize((width + 15) / 16 * 16);  // store_row reads whole lanes
-      pool_row(stage.const_data_ptr<T>() + r / cut.patches * stage.stride(0), stage.stride(1),
-               cut.patch(r), width, mean.data());
-      store_row(mean.data(), width, means + task * width);
-    });
-  }
-
- private:
-  void read(const Cut& cut, const T* means) {
-    const int64_t width = cut.width();
-    for (int64_t j = 0; j < cut.count(); ++j) {
-      base_[j] = means + j * cut.rows() * width;
-      sample_[j] = patches_ * width;
-      row_[j] = width;
-    }
-  }
-  static void store_row(const float* row, int64_t width, T* to) {
-    for (int64_t c = 0; c < width; c += 16)
-      store_lanes<16>(row + c, std::min<int64_t>(16, width - c), to + c);
-  }
-
-  int64_t patches_;
-  std::optional<Aligned<T>> own_;
-  std::vector<const T*> base_;
-  std::vector<int64_t> sample_, row_;
-};
-
 template <typename T>
 void project(const Cut& cut, const Rows<T>& rows, const Tensor& weight, const Tensor& bias,
              const std::optional<Tensor>& position, const std::optional<Tensor>& stage, Tensor& x) {
-  const Products of{cut.count(), cut.rows(), weight.size(1), cut.width()};
+  constexpr int64_t WIDTH = kColumns<T>;
+  const Products of{cut.count(), cut.live_rows(), weight.size(1), cut.width()};
   const T* c = bias.const_data_ptr<T>();
   const T* pos = position ? position->const_data_ptr<T>() : nullptr;
   const T* st = stage ? stage->const_data_ptr<T>() : nullptr;
   T* out = x.mutable_data_ptr<T>();
-  const int64_t D = of.columns, patches = cut.patches;
+  const int64_t D = of.columns, patches = cut.patches, all = cut.rows();
+  const auto shift = [&](int64_t j, int64_t r, int64_t column, int64_t count, float* lanes) {
+    alignas(64) float more[WIDTH];
+    const auto add = [&](const T* row) {
+      load_lanes<WIDTH>(row + column, count, more);
+      for (int64_t i = 0; i < WIDTH; ++i) lanes[i] += more[i];
+    };
+    add(c + j * D);
+    if (st) add(st + j * D);
+    if (pos) add(pos + r % patches * D);
+    round_lanes<T, WIDTH>(lanes, count, out + (j * all + r) * D + column);
+  };
   multiply<T>(
-      of, [&](int64_t j, int64_t r) { return as_units<T>(rows.at(j, r)); }, 1,
+      of, [&](int64_t j, int64_t v) { return as_units<T>(rows.at(j, cut.live_row(v))); }, 1,
       ByRows<T>{weight.const_data_ptr<T>(), &of},
-      [&](int64_t j, int64_t r, int64_t column, int64_t count, const float* sums) {
-        constexpr int64_t WIDTH = kColumns<T>;
-        alignas(64) float lanes[WIDTH], more[WIDTH];
-        load_lanes<WIDTH>(c + j * D + column, count, lanes);
-        for (int64_t i = 0; i < WIDTH; ++i) lanes[i] += sums[i];
-        const auto add = [&](const T* row) {
-          load_lanes<WIDTH>(row + column, count, more);
-          for (int64_t i = 0; i < WIDTH; ++i) lanes[i] += more[i];
-        };
-        if (st) add(st + j * D);
-        if (pos) add(pos + r % patches * D);
-        round_lanes<T, WIDTH>(lanes, count, out + (j * of.rows + r) * D + column);
+      [&](int64_t j, int64_t v, int64_t column, int64_t count, const float* sums) {
+        alignas(64) float lanes[WIDTH];
+        std::copy_n(sums, WIDTH, lanes);
+        shift(j, cut.live_row(v), column, count, lanes);
       });
+  if (of.rows == all) return;
+  for_rows(cut.count() * all, 8, [&](int64_t task) {
+    if (cut.patch(task % all).count()) return;
+    for (int64_t column = 0; column < D; column += WIDTH) {
+      alignas(64) float lanes[WIDTH] = {};
+      shift(task / all, task % all, column, std::min(WIDTH, D - column), lanes);
+    }
+  });
 }
 
-// Tokens of no patch get 0.
+// Tokens of no patch, and of patches without a valid one, get 0.
 template <typename T>
-void clear_outside(const Cut& cut, const std::vector<T*>& places) {
+void clear_others(const Cut& cut, const std::vector<T*>& places) {
   const int64_t length = cut.length, width = cut.channels;
   const int64_t count = static_cast<int64_t>(places.size());
   for_rows(cut.batch * count, 16, [&](int64_t task) {
     const int64_t b = task / count, last = (b + 1) * cut.patches - 1;
     if (!places[task % count]) return;
     T* sample = places[task % count] + b * length * width;
-    std::fill(sample, sample + cut.patch(b * cut.patches).begin * width, T(0));
-    std::fill(sample + cut.patch(last).end * width, sample + length * width, T(0));
+    const auto clear = [&](int64_t begin, int64_t end) {
+      std::fill(sample + begin * width, sample + end * width, T(0));
+    };
+    clear(0, cut.patch(b * cut.patches).begin);
+    clear(cut.patch(last).end, length);
+    for (int64_t r = b * cut.patches; r <= last; ++r)
+      if (const Patch patch = cut.patch(r); !patch.count()) clear(patch.begin, patch.end);
   });
+}
+
+// Lanes of a broken row to its valid tokens; the others get 0.
+template <typename T>
+void mend_back(const Cut& cut, int64_t r, int64_t column, int64_t count, const float* sums,
+               T* tokens) {
+  const Patch patch = cut.patch(r);
+  T* to = tokens + cut.place(r) + column;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t token = patch.begin + (column + i) / cut.channels;
+    if (token >= patch.end) return;
+    to[i] = patch.holds(token) ? from_wide<T>(sums[i]) : T(0);
+  }
 }
 
 // Lanes of a row of means to every token of its patch.
@@ -170,35 +117,48 @@ void stage_gradients(const Cut& cut, const Tensor& weight, const Tensor& dx,
   for (int64_t j = 0; j < cut.count(); ++j)
     if (places[j]) wanted.push_back(j);
   const int64_t D = weight.size(1), width = cut.width(), all = cut.rows();
-  const Products of{static_cast<int64_t>(wanted.size()), all, width, D};
+  const Products of{std::ssize(wanted), cut.live_rows(), width, D};
   const T* w = weight.const_data_ptr<T>();
   const T* source = dx.const_data_ptr<T>();
   const bool streams = of.count * cut.stages[0].numel() * int64_t{sizeof(T)} >= kStreamedBytes &&
                        can_stream(places[wanted[0]], cut.channels);
-  if (!cut.p) clear_outside(cut, places);
+  if (!cut.p || of.rows < all) clear_others(cut, places);
   multiply<T>(
-      of, [&](int64_t m, int64_t r) { return as_units<T>(source + (wanted[m] * all + r) * D); }, 1,
-      by_columns<T>([&](int64_t m, int64_t d) { return w + (wanted[m] * D + d) * width; }),
-      [&](int64_t m, int64_t r, int64_t column, int64_t count, const float* sums) {
+      of,
+      [&](int64_t m, int64_t v) {
+        return as_units<T>(source + (wanted[m] * all + cut.live_row(v)) * D);
+      },
+      1, by_columns<T>([&](int64_t m, int64_t d) { return w + (wanted[m] * D + d) * width; }),
+      [&](int64_t m, int64_t v, int64_t column, int64_t count, const float* sums) {
+        const int64_t r = cut.live_row(v);
         T* to = places[wanted[m]];
-        if (cut.p)
-          put_lanes<T>(sums, count, streams, to + r * width + column);
-        else
+        if (!cut.p)
           share_out(cut, r, column, count, sums, streams, to);
+        else if (cut.is_broken(r))
+          mend_back(cut, r, column, count, sums, to);
+        else
+          put_lanes<T>(sums, count, streams, to + cut.place(r) + column);
       });
 }
 
 template <typename T>
 void weight_gradient(const Cut& cut, const Rows<T>& rows, const Tensor& dx, T* dweight) {
   const int64_t D = dx.size(3), width = cut.width(), all = cut.rows();
-  const Products of{cut.count(), D, width, all};
+  const Products of{cut.count(), D, width, cut.live_rows()};
+  if (!of.depth) {
+    std::fill_n(dweight, cut.count() * D * width, T(0));
+    return;
+  }
   const T* source = dx.const_data_ptr<T>();
-  const Turned<T> left(of, [&](int64_t j, int64_t r) { return source + (j * all + r) * D; });
+  const auto row_of = [&](int64_t j, int64_t v) {
+    return source + (j * all + cut.live_row(v)) * D;
+  };
+  const Turned<T> left(of, row_of);
   const bool streams =
       of.count * D * width * int64_t{sizeof(T)} >= kStreamedBytes && can_stream(dweight, width);
   multiply<T>(
       of, [&](int64_t j, int64_t d) { return left.at(j, d); }, left.kStrip,
-      by_columns<T>([&](int64_t j, int64_t r) { return rows.at(j, r); }),
+      by_columns<T>([&](int64_t j, int64_t v) { return rows.at(j, cut.live_row(v)); }),
       [&](int64_t j, int64_t d, int64_t column, int64_t count, const float* sums) {
         put_lanes<T>(sums, count, streams, dweight + (j * D + d) * width + column);
       });
@@ -237,13 +197,6 @@ inline int64_t bytes_of_stages(const Cut& cut, const std::vector<int64_t>& needs
 }
 inline int64_t bytes_like(const Tensor& tensor) {
   return KeptGroup::room(tensor.numel() * tensor.element_size());
-}
-
-inline Cut cut_of(const std::vector<Tensor>& stages, const Tensor& offsets,
-                  const std::optional<Tensor>& mask, int64_t patch_size) {
-  for (const Tensor& stage : stages)
-    check_dense_rows(stage, "view_aligned_attention", "student_stages");
-  return {stages, offsets, mask ? mask->const_data_ptr<bool>() : nullptr, patch_size};
 }
 
 }  // namespace deepfusion::inline DF_LEVEL

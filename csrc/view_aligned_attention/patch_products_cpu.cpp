@@ -15,6 +15,10 @@ bool multiplies_rows_cpu(const Tensor& like) {
 
 #if defined(DF_LEVEL_avx512)
 
+bool reads_in_place_cpu(const Tensor& mask, int64_t patch_size) {
+  return reads_in_place(mask, patch_size);
+}
+
 void project_patches_cpu(std::vector<Tensor> stages, const Tensor& weight, const Tensor& bias,
                          std::optional<Tensor> position, std::optional<Tensor> stage,
                          const Tensor& offsets, std::optional<Tensor> mask, int64_t patch_size,
@@ -47,6 +51,7 @@ std::vector<Tensor> project_patches_backward_cpu(std::vector<Tensor> stages, con
 DF_REGISTER_CPU(m) {
   m.impl("multiplies_rows", TORCH_BOX(&multiplies_rows_cpu));
 #if defined(DF_LEVEL_avx512)
+  m.impl("reads_in_place", TORCH_BOX(&reads_in_place_cpu));
   m.impl("project_patches", TORCH_BOX(&project_patches_cpu));
   m.impl("project_patches_backward", TORCH_BOX(&project_patches_backward_cpu));
 #endif

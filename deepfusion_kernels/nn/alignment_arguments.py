@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checks import INTEGERS, expect, expect_option, expect_that
 from ..ops.shared import patches
+from ..ops.shared.watched import is_watched
 from ..ops.view_aligned_attention.loss_rows import checked_patches
 
 OP = "view_aligned_attention"
 MASKS = (torch.bool, *INTEGERS, torch.uint8)
-PLAIN = (Tensor, nn.Parameter)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -133,24 +133,6 @@ def check_embeddings(
         _fits(stage_embedding, "stage_embedding", "S D", like, S=S, D=D)
 
 
-@functools.lru_cache(maxsize=64)
-def _kept_offsets(batch: int, length: int, patch_size: int, device: torch.device) -> Tensor:
-    """Five small operations that say the same in every step of a training."""
-    # a tensor made in inference mode could not be saved for a later backward
-    with torch.inference_mode(False):
-        return patches.even_offsets(batch, length, patch_size, device).contiguous()
-
-
-def is_watched(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a graph is traced, or a mode, transform or subclass sees operations of its own."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or any(tensor is not None and type(tensor) not in PLAIN for tensor in tensors)
-    )
-
-
 def patch_tables(
     student: Tensor,
     teacher: Tensor,
@@ -170,7 +152,7 @@ def patch_tables(
         expect_that(patch_size >= 1, OP, "patch_size", ">= 1", patch_size)
         # NOTE: on a GPU a first call within a graph's capture would keep what was never written
         is_kept = student.is_cpu and not is_watched((student, teacher))
-        make = _kept_offsets if is_kept else patches.even_offsets
+        make = patches.kept_offsets if is_kept else patches.even_offsets
         offsets = make(B, T, patch_size, student.device)
         return offsets, offsets, attention_mask if teacher_mask is None else teacher_mask
     _, cuts = expect(

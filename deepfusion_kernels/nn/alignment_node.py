@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..ops.shared import patches
+from ..ops.shared.watched import is_watched
 from ..ops.view_aligned_attention.joined.steps import at_once
-from .alignment_arguments import is_watched
 from .alignment_steps import gradients, loss_and_kept
 
 aligned_loss = torch.library.custom_op(

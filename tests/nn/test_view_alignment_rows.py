@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepfusion_kernels import view_aligned_attention
 from deepfusion_kernels.bench.timing import peak_extra_bytes
@@ -16,6 +15,7 @@ from tests.conftest import why_not
 from tests.nn.alignment_spelling import draw, feature_loss
 from tests.nn.alignment_stores import rounding_floors
 from tests.nn.alignment_variants import PARAMETERS, cast, leaves, run
+from tests.onlooker import Onlooker
 
 pytestmark = pytest.mark.skipif(why_not("cpu") is not None, reason=str(why_not("cpu")))
 DTYPES = [torch.float32, torch.bfloat16]
@@ -23,13 +23,6 @@ DTYPES = [torch.float32, torch.bfloat16]
 FEW = {"T": 8, "p": 4, "J": 2, "D": 32, "M": 48}
 # sums of three pieces; tasks enough that panels of one are packed beside the tiles of another
 LONG = {"B": 5, "T": 32, "p": 4, "J": 2, "H": 48, "D": 64, "M": 2080}
-
-
-class _Onlooker(TorchDispatchMode):
-    """Sees every operation, so that the loss goes through its opaque op, which keeps no rows."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -69,7 +62,7 @@ def test_rows_within_budget(sizes, patchify, dtype, poisoned_memory) -> None:
 def test_kept_rows_change_no_bit(patchify, dtype) -> None:
     given = draw(dtype, patchify=patchify, **FEW)
     loss, grads = run(view_aligned_attention, given, backend="cpu")
-    with _Onlooker():
+    with Onlooker():
         other, other_grads = run(view_aligned_attention, given, backend="cpu")
     assert torch.equal(loss, other)
     for i, (mine, theirs) in enumerate(zip(grads, other_grads, strict=True)):

@@ -175,8 +175,10 @@ def test_opcheck_and_compile(backend) -> None:
         torch.testing.assert_close(compiled, call(*leaves))
         compiled.sum().backward()
     offsets = torch.arange(10, dtype=torch.int32)[None]
-    inputs = (*leaves, given["target"][None], offsets, None, None, True, 4)
+    inputs = (*leaves, given["target"][None], offsets, None, None)
+    options = (True, 4)
     torch.library.opcheck(
-        torch.ops.deepfusion.fused_linear_mse, (*inputs, True, True, True, backend)
+        torch.ops.deepfusion.fused_linear_mse,
+        (*inputs, True, *options, True, True, True, backend),
     )
-    torch.library.opcheck(torch.ops.deepfusion.fused_linear_mse_rows, (*inputs, backend))
+    torch.library.opcheck(torch.ops.deepfusion.fused_linear_mse_rows, (*inputs, *options, backend))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...checks import INTEGERS, expect, expect_that
 from ..shared import patches
+from ..shared.watched import is_watched
 
 OP = "fused_linear_mse"
 MASKS = (torch.bool, *INTEGERS, torch.uint8)
@@ -69,4 +70,13 @@ def check_patches(
     expect_that(patch_size >= 1, OP, "patch_size", ">= 1", patch_size)
     wanted = (L + patch_size - 1) // patch_size
     expect_that(wanted == Q, OP, "features", f"[B, ceil(L / patch_size), D] with {wanted}", Q)
-    return patches.even_offsets(B, L, patch_size, target.device)
+    return even_offsets(target, patch_size)
+
+
+def even_offsets(target: Tensor, patch_size: int) -> Tensor:
+    """The offsets of equal patches of the target's tokens."""
+    B, L = target.shape[:2]
+    # NOTE: on a GPU a first call within a graph's capture would keep what was never written
+    is_kept = target.is_cpu and not is_watched((target,))
+    make = patches.kept_offsets if is_kept else patches.even_offsets
+    return make(B, L, patch_size, target.device)

@@ -67,6 +67,62 @@ def forward_stages(
     return sse_SN, dfeatures, dweight, dbias
 
 
+def loss_and_gradients(
+    features_ND: Tensor,
+    weight_MD: Tensor,
+    bias_M: Tensor | None,
+    target_BLM: Tensor,
+    offsets_BQ1: Tensor,
+    mask_BL: Tensor | None,
+    weight_N: Tensor | None,
+    is_mean: bool,
+    target_norm: bool,
+    chunk_rows: int,
+    needs_features: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """loss, factor, dfeatures, dweight, dbias in one call; None where the steps are to serve."""
+    if not serves_stages(features_ND, weight_MD):
+        return None
+    found: list[Tensor] = torch.ops.deepfusion_native.linear_mse_loss.default(
+        features_ND.contiguous(),
+        weight_MD.contiguous(),
+        None if bias_M is None else bias_M.contiguous(),
+        target_BLM if target_BLM.stride(-1) == 1 else target_BLM.contiguous(),
+        offsets_BQ1.contiguous(),
+        None if mask_BL is None else mask_BL.ne(0).contiguous(),
+        None if weight_N is None else weight_N.to(torch.float32).contiguous(),
+        is_mean,
+        target_norm,
+        chunk_rows,
+        needs_features,
+        needs_weight,
+        needs_bias,
+    )
+    if not found:
+        return None
+    loss, factor, dfeatures, dweight, dbias = found
+    return loss, factor, dfeatures, dweight, dbias
+
+
+def scaled_gradients(
+    upstream: Tensor,
+    factor: Tensor,
+    dfeatures: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    features: Tensor,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The gradients times upstream and factor in one call; None where the steps are to serve."""
+    if not _multiplies(features.dtype):
+        return None
+    scaled: tuple[Tensor, Tensor, Tensor] = torch.ops.deepfusion_native.linear_mse_scaled.default(
+        upstream, factor, dfeatures, dweight, dbias, features
+    )
+    return scaled
+
+
 def forward(
     features_ND: Tensor,
     weight_MD: Tensor,

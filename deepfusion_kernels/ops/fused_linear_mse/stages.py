@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import native_impl
-from .op import IMPLS, errors
+from .errors import IMPLS, errors
 
 
 def stage_errors(

@@ -6,6 +6,8 @@ mean_bi = sum m_bt x_bt / max(n_bi, 1)
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,6 +23,14 @@ def even_offsets(batch: int, length: int, patch_size: int, device: torch.device)
     count = (length + patch_size - 1) // patch_size
     cuts = torch.arange(count + 1, device=device, dtype=torch.int32) * patch_size
     return cuts.clamp(max=length).expand(batch, count + 1)
+
+
+@functools.lru_cache(maxsize=64)
+def kept_offsets(batch: int, length: int, patch_size: int, device: torch.device) -> Tensor:
+    """The same, contiguous, made once: five small operations that every step would repeat."""
+    # a tensor made in inference mode could not be saved for a later backward
+    with torch.inference_mode(False):
+        return even_offsets(batch, length, patch_size, device).contiguous()
 
 
 def checked_offsets(offsets_BQ1: Tensor, length: int, op: str, argument: str) -> Tensor:

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ... import backends
 from ...checks import expect, expect_that
 from ..shared import patches
 from ..shared.gemm import product
+from ..shared.watched import is_watched
 from . import native_cuda, native_impl, reference, triton_impl
 
 DOORS = ("multi_stage_attention",)
@@ -50,16 +52,18 @@ def multi_stage_attention(
     expect_that(S >= 1, OP, "features", "[B, S, Q, D] with S >= 1", S)
     if patch_mask is not None:
         expect(patch_mask, OP, "patch_mask", "B Q", B=B, Q=Q, dtype=torch.bool, like=features)
-    y_SBQD: Tensor = _attention(
-        features.transpose(0, 1),
-        qkv_weight,
-        qkv_bias,
-        patch_mask,
+    inputs = (features.transpose(0, 1), qkv_weight, qkv_bias, patch_mask)
+    options = (
         num_heads,
         causal,
         default_scale(D, num_heads) if scale is None else scale,
         backends.choose(backend, features, IMPLS, head_size=D // num_heads),
-    )[0]
+    )
+    y_SBQD: Tensor
+    if is_watched(inputs):
+        y_SBQD = _attention(*inputs, *options)[0]
+    else:
+        y_SBQD = _Plain.apply(options, *inputs)  # type: ignore[no-untyped-call]
     return y_SBQD.transpose(0, 1)
 
 
@@ -113,8 +117,7 @@ def projection_backward(
     return dx, dweight
 
 
-@torch.library.custom_op("deepfusion::multi_stage_attention", mutates_args=())
-def _attention(
+def attend(
     features_SBQD: Tensor,
     qkv_weight: Tensor,
     qkv_bias: Tensor | None,
@@ -129,6 +132,9 @@ def _attention(
         features_SBQD, qkv_weight, qkv_bias, valid_BQ, num_heads, causal, scale
     )
     return y_SBQD, qkv, lse_BHP
+
+
+_attention = torch.library.custom_op("deepfusion::multi_stage_attention", attend, mutates_args=())
 
 
 @_attention.register_fake
@@ -150,8 +156,7 @@ def _(
     )
 
 
-@torch.library.custom_op("deepfusion::multi_stage_attention_backward", mutates_args=())
-def _attention_backward(
+def attention_gradients(
     dy_SBQD: Tensor,
     y_SBQD: Tensor,
     features_SBQD: Tensor,
@@ -168,6 +173,13 @@ def _attention_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dfeatures, dqkv_weight, dqkv_bias; what is not needed is an empty tensor."""
+    if IMPLS[backend] is native_impl:
+        found = native_impl.attention_gradients(
+            dy_SBQD, y_SBQD, features_SBQD, qkv_weight, qkv, lse_BHP, valid_BQ, num_heads, causal,
+            scale, needs_features, needs_weight, needs_bias,
+        )  # fmt: skip
+        if found is not None:
+            return found
     delta_BHP = row_delta(y_SBQD, dy_SBQD, num_heads, backend)
     dqkv = IMPLS[backend].attention_backward(
         qkv, lse_BHP, dy_SBQD, delta_BHP, valid_BQ, num_heads, causal, scale,
@@ -178,6 +190,11 @@ def _attention_backward(
     if needs_bias:
         dbias = dqkv.flatten(0, 2).sum(0, dtype=lse_BHP.dtype).to(qkv.dtype)
     return dx, dweight, dbias
+
+
+_attention_backward = torch.library.custom_op(
+    "deepfusion::multi_stage_attention_backward", attention_gradients, mutates_args=()
+)
 
 
 @_attention_backward.register_fake
@@ -223,3 +240,26 @@ def _backward(ctx: Any, dy_SBQD: Tensor | None, *_: None) -> tuple[Tensor | None
 
 
 _attention.register_autograd(_backward, setup_context=_keep)
+
+
+class _Plain(torch.autograd.Function):
+    """The same node without the opaque op."""
+
+    @staticmethod
+    def forward(ctx: Any, options: tuple[Any, ...], *inputs: Any) -> Tensor:
+        features, weight, bias, valid_BQ = inputs
+        y, qkv, lse = attend(features, weight, bias, valid_BQ, *options)
+        ctx.save_for_backward(y, features, weight, qkv, lse, valid_BQ)
+        ctx.options = options
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_SBQD: Tensor) -> tuple[Tensor | None, ...]:
+        *options, backend = ctx.options
+        wanted = ctx.needs_input_grad[1:4]
+        given: tuple[Any, ...] = (dy_SBQD, *ctx.saved_tensors, *options, *wanted, backend)
+        kept = [
+            g if want else None for g, want in zip(attention_gradients(*given), wanted, strict=True)
+        ]
+        return (None, *kept, None)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..native_impl import contiguous, dense_rows, is_direct, multiplies, needed_mask
 from ..op import default_scale
+from ..patch_rows.native_impl import contiguous, dense_rows, is_direct, multiplies, needed_mask
 
 # W, c, Wqkv, U, u, embeddings of patches and stages
 Parameters = tuple[
