@@ -26,7 +26,7 @@ template <typename T>
 struct Stages {
   int64_t J, N, M, D;
   const T *y, *weight, *bias;
-  const std::vector<Tensor>& targets;
+  const Tensor* targets;
   const Tensor& offsets;
   const bool* mask;
   const float* scale;
@@ -34,6 +34,27 @@ struct Stages {
   float *sse, *dweight, *dbias;
   T *dy, *errors;
 
+  // `count` stages from `first` on
+  Stages part(int64_t first, int64_t count) const {
+    const auto from = [first](auto* all, int64_t each) { return all ? all + first * each : all; };
+    return {count,
+            N,
+            M,
+            D,
+            from(y, N * D),
+            from(weight, M * D),
+            from(bias, M),
+            targets + first,
+            offsets,
+            mask,
+            from(scale, N),
+            target_norm,
+            from(sse, N),
+            from(dweight, M * D),
+            from(dbias, M),
+            from(dy, N * D),
+            from(errors, N * M)};
+  }
   int64_t patches() const { return offsets.size(1) - 1; }
   int64_t length() const { return targets[0].size(1); }
   Patch patch(int64_t n) const {
@@ -162,17 +183,25 @@ void add_dweight(const Stages<T>& of, const Chunk<T>& chunk) {
       });
 }
 
+// Many rows of few stages rather than few of many: a factor is packed, and dU read and written,
+// once a chunk.
 template <typename T>
-void form_errors(const Stages<T>& of, int64_t chunk_rows) {
-  const int64_t fitting = std::max(kLeastRows, kChunkErrors / std::max<int64_t>(of.J * of.M, 1));
-  const int64_t limit = std::min({of.N, kBlockRows, chunk_rows > 0 ? chunk_rows : fitting});
-  Chunk<T> chunk(of, limit);
-  for (; chunk.first < of.N; chunk.first += limit) {
-    chunk.rows = std::min(limit, of.N - chunk.first);
-    find_goals(of, chunk);
-    find_errors(of, chunk);
-    if (of.dy) find_dy(of, chunk);
-    if (of.dweight) add_dweight(of, chunk);
+void form_errors(const Stages<T>& all, int64_t chunk_rows) {
+  const int64_t width = std::max<int64_t>(all.M, 1);
+  const int64_t fitting = std::max(kLeastRows, kChunkErrors / width);
+  const int64_t limit = std::min({all.N, kBlockRows, chunk_rows > 0 ? chunk_rows : fitting});
+  const int64_t stages =
+      std::clamp<int64_t>(kChunkErrors / (std::max<int64_t>(limit, 1) * width), 1, all.J);
+  Chunk<T> chunk(all.part(0, stages), limit);
+  for (int64_t j = 0; j < all.J; j += stages) {
+    const Stages<T> of = all.part(j, std::min(stages, all.J - j));
+    for (chunk.first = 0; chunk.first < of.N; chunk.first += limit) {
+      chunk.rows = std::min(limit, of.N - chunk.first);
+      find_goals(of, chunk);
+      find_errors(of, chunk);
+      if (of.dy) find_dy(of, chunk);
+      if (of.dweight) add_dweight(of, chunk);
+    }
   }
 }
 
@@ -216,8 +245,8 @@ inline StageErrors stage_errors(const Tensor& y, const Tensor& weight,
   const auto call = [&]<typename T>(T) {
     form_errors<T>(
         {J, N, M, D, y.const_data_ptr<T>(), weight.const_data_ptr<T>(),
-         bias ? bias->const_data_ptr<T>() : nullptr, targets.stages, targets.offsets, targets.mask,
-         scale.const_data_ptr<float>(), targets.norm, sse.mutable_data_ptr<float>(),
+         bias ? bias->const_data_ptr<T>() : nullptr, targets.stages.data(), targets.offsets,
+         targets.mask, scale.const_data_ptr<float>(), targets.norm, sse.mutable_data_ptr<float>(),
          sums_up ? dweight.mutable_data_ptr<float>() : nullptr,
          needs.bias ? dbias.mutable_data_ptr<float>() : nullptr,
          needs.y ? dy.mutable_data_ptr<T>() : nullptr,
