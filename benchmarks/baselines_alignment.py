@@ -21,6 +21,11 @@ def _patch_means(tokens: Tensor, patch_size: int, mask: Tensor | None) -> Tensor
     return (cells * keep).sum(2) / keep.sum(2).clamp(min=1)
 
 
+def _patch_valid(mask: Tensor, patch_size: int) -> Tensor:
+    """[B, Q]: a token of the patch counts."""
+    return F.pad(mask, (0, -mask.shape[1] % patch_size)).view(len(mask), -1, patch_size).any(2)
+
+
 def eager_fused_linear_mse(
     features: Tensor,
     weight: Tensor,
@@ -29,11 +34,17 @@ def eager_fused_linear_mse(
     *,
     patch_size: int,
     target_norm: bool = False,
+    target_mask: Tensor | None = None,
 ) -> Tensor:
-    """Pool, F.linear, F.mse_loss in float32."""
-    goal = _patch_means(target, patch_size, None)
+    """Pool, F.linear, F.mse_loss in float32; where tokens are masked, its mean over valid rows."""
+    goal = _patch_means(target, patch_size, target_mask)
     goal = F.layer_norm(goal, goal.shape[-1:], eps=1e-6) if target_norm else goal
-    return F.mse_loss(F.linear(features, weight, bias).float(), goal.float())
+    prediction = F.linear(features, weight, bias).float()
+    if target_mask is None:
+        return F.mse_loss(prediction, goal.float())
+    valid = _patch_valid(target_mask, patch_size)[:, :, None]
+    errors = F.mse_loss(prediction, goal.float(), reduction="none") * valid
+    return errors.sum() / (goal.shape[-1] * valid.sum())
 
 
 def eager_multi_stage_attention(
@@ -105,18 +116,21 @@ def eager_view_aligned_attention(
     patch_size: int = 8,
     patchify: str = "conv",
     causal: bool = False,
+    attention_mask: Tensor | None = None,
     target_norm: bool = False,
     as_conv1d: bool = False,
 ) -> Tensor:
-    """F.linear on views (or F.conv1d), stack, SDPA, F.linear, F.mse_loss; every token valid."""
-    (B, T, H), p = student_stages[0].shape, patch_size
+    """F.linear on views (or F.conv1d), stack, SDPA, F.linear, F.mse_loss."""
+    (B, T, H), p, mask = student_stages[0].shape, patch_size, attention_mask
     parts = []
     for stage, weight, bias in zip(student_stages, patch_weight, patch_bias, strict=True):
+        if mask is not None and patchify == "conv":
+            stage = torch.where(mask[:, :, None], stage, 0)
         if patchify == "pool" and as_conv1d:
             rows = F.avg_pool1d(stage.transpose(1, 2), p, ceil_mode=True)
             parts.append(F.conv1d(rows, weight[:, :, None], bias).transpose(1, 2))
         elif patchify == "pool":
-            parts.append(F.linear(_patch_means(stage, p, None), weight, bias))
+            parts.append(F.linear(_patch_means(stage, p, mask), weight, bias))
         elif as_conv1d:
             kernel = weight.view(-1, p, H).permute(0, 2, 1)
             rows = F.pad(stage, (0, 0, 0, -T % p)).transpose(1, 2)
@@ -125,17 +139,21 @@ def eager_view_aligned_attention(
             rows = F.pad(stage, (0, 0, 0, -T % p)) if T % p else stage
             parts.append(F.linear(rows.reshape(B, -1, p * H), weight, bias))
     y = eager_multi_stage_attention(
-        torch.stack(parts, 1), qkv_weight, num_heads=num_heads, causal=causal
-    )
+        torch.stack(parts, 1), qkv_weight, num_heads=num_heads, causal=causal,
+        patch_mask=None if mask is None else _patch_valid(mask, p),
+    )  # fmt: skip
     losses = [
         eager_fused_linear_mse(
-            y[:, j], head_weight[j], head_bias[j], target, patch_size=p, target_norm=target_norm
+            y[:, j], head_weight[j], head_bias[j], target, patch_size=p, target_norm=target_norm,
+            target_mask=mask,
         )
         for j, target in enumerate(teacher_stages)
-    ]
+    ]  # fmt: skip
     return torch.stack(losses).sum()
 
 
 def conv1d_view_aligned_attention(*arguments: Any, **options: Any) -> Tensor:
     """The same with the patches projected by Conv1d, as the paper's figure draws it."""
+    if options.get("patchify") == "pool" and options.get("attention_mask") is not None:
+        raise NotImplementedError("conv1d: F.avg_pool1d counts every token; see eager")
     return eager_view_aligned_attention(*arguments, **options, as_conv1d=True)

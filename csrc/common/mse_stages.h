@@ -4,8 +4,8 @@
 //   R_n = U y_n + u - G_n    sse_n = |R_n|^2    E_n = 2 c_n R_n    dy_n = U^T E_n    dU = sum_n E_n
 //   y_n^T    du = sum_n E_n
 //
-// G_n is pooled from the target's tokens. A row of scale c_n = 0 has E = 0 and its target is not
-// read.
+// G_n is pooled from the target's tokens. A row of scale c_n = 0 in every stage has E = 0, its
+// target is not read, and it is in no product.
 #pragma once
 
 #include "common/kept_group.h"
@@ -72,6 +72,7 @@ template <typename T>
 struct Chunk {
   static constexpr bool kShared = std::is_same_v<T, float>;
   int64_t first, rows, panels;
+  std::vector<int64_t> live;
   Aligned<float> goals;
   Aligned<T> errors;
   Aligned<float> squares;
@@ -83,7 +84,30 @@ struct Chunk {
         goals(kShared && of.errors ? 0 : of.J * limit * of.M),
         errors(kShared || of.errors ? 0 : of.J * limit * of.M),
         squares(of.J * limit * panels) {}
+  // to rows begin .. begin + count; E, dy and |R|^2 of those that are in no product are 0
+  void move(const Stages<T>& of, int64_t begin, int64_t count) {
+    first = begin;
+    rows = count;
+    live.clear();
+    for (int64_t r = 0; r < rows; ++r) {
+      bool counts = false;
+      for (int64_t j = 0; j < of.J; ++j) counts |= of.scale[j * of.N + first + r] != 0;
+      if (counts) {
+        live.push_back(r);
+        continue;
+      }
+      for (int64_t j = 0; j < of.J; ++j) {
+        const int64_t at = j * of.N + first + r;
+        of.sse[at] = 0;
+        if (of.dy) std::fill_n(of.dy + at * of.D, of.D, T(0));
+        if (of.errors) std::fill_n(of.errors + at * of.M, of.M, T(0));
+      }
+    }
+  }
   int64_t row(int64_t j, int64_t r) const { return j * rows + r; }
+  const T* y(const Stages<T>& of, int64_t j, int64_t v) const {
+    return of.y + (j * of.N + first + live[v]) * of.D;
+  }
   float* goal(const Stages<T>& of, int64_t j, int64_t r) const {
     if constexpr (kShared)
       if (of.errors) return error(of, j, r);
@@ -101,8 +125,9 @@ struct Chunk {
 // Whole rows in a pass of its own: the products wait for nothing that lies in memory.
 template <typename T>
 void find_goals(const Stages<T>& of, const Chunk<T>& chunk) {
-  for_rows(of.J * chunk.rows, 8, [&](int64_t task) {
-    const int64_t j = task / chunk.rows, r = task % chunk.rows, n = chunk.first + r;
+  const int64_t rows = std::ssize(chunk.live);
+  for_rows(of.J * rows, 8, [&](int64_t task) {
+    const int64_t j = task / rows, r = chunk.live[task % rows], n = chunk.first + r;
     if (of.scale[j * of.N + n] == 0) return;
     float* goal = chunk.goal(of, j, r);
     pool_row(of.tokens(j, n), of.targets[j].stride(1), of.patch(n), of.M, goal);
@@ -113,13 +138,13 @@ void find_goals(const Stages<T>& of, const Chunk<T>& chunk) {
 template <typename T>
 void find_errors(const Stages<T>& of, const Chunk<T>& chunk) {
   constexpr int64_t WIDTH = kColumns<T>;
-  const Products products{of.J, chunk.rows, of.M, of.D};
+  const int64_t rows = std::ssize(chunk.live);
+  const Products products{of.J, rows, of.M, of.D};
   multiply<T>(
-      products,
-      [&](int64_t j, int64_t r) { return as_units<T>(of.y + (j * of.N + chunk.first + r) * of.D); },
-      1, ByRows<T>{of.weight, &products},
-      [&](int64_t j, int64_t r, int64_t column, int64_t count, const float* sums) {
-        const int64_t n = chunk.first + r;
+      products, [&](int64_t j, int64_t v) { return as_units<T>(chunk.y(of, j, v)); }, 1,
+      ByRows<T>{of.weight, &products},
+      [&](int64_t j, int64_t v, int64_t column, int64_t count, const float* sums) {
+        const int64_t r = chunk.live[v], n = chunk.first + r;
         const float scale = of.scale[j * of.N + n];
         T* to = chunk.error(of, j, r) + column;
         float& square = chunk.squares.get()[chunk.row(j, r) * chunk.panels + column / WIDTH];
@@ -145,35 +170,40 @@ void find_errors(const Stages<T>& of, const Chunk<T>& chunk) {
         float* sum = of.dbias + j * of.M + column;
         for (int64_t i = 0; i < count; ++i) sum[i] += error[i];
       });
-  for_rows(of.J * chunk.rows, 1024, [&](int64_t task) {
-    const float* squares = chunk.squares.get() + task * chunk.panels;
+  for_rows(of.J * rows, 1024, [&](int64_t task) {
+    const int64_t j = task / rows, r = chunk.live[task % rows];
+    const float* squares = chunk.squares.get() + chunk.row(j, r) * chunk.panels;
     float sum = 0;
     for (int64_t p = 0; p < chunk.panels; ++p) sum += squares[p];
-    of.sse[task / chunk.rows * of.N + chunk.first + task % chunk.rows] = sum;
+    of.sse[j * of.N + chunk.first + r] = sum;
   });
 }
 
 template <typename T>
 void find_dy(const Stages<T>& of, const Chunk<T>& chunk) {
   multiply<T>(
-      {of.J, chunk.rows, of.D, of.M},
-      [&](int64_t j, int64_t r) { return as_units<T>(chunk.error(of, j, r)); }, 1,
+      {of.J, std::ssize(chunk.live), of.D, of.M},
+      [&](int64_t j, int64_t v) { return as_units<T>(chunk.error(of, j, chunk.live[v])); }, 1,
       by_columns<T>([&](int64_t j, int64_t m) { return of.weight + (j * of.M + m) * of.D; }),
-      [&](int64_t j, int64_t r, int64_t column, int64_t count, const float* sums) {
-        round_lanes<T, kColumns<T>>(sums, count,
-                                    of.dy + (j * of.N + chunk.first + r) * of.D + column);
+      [&](int64_t j, int64_t v, int64_t column, int64_t count, const float* sums) {
+        T* to = of.dy + (j * of.N + chunk.first + chunk.live[v]) * of.D;
+        round_lanes<T, kColumns<T>>(sums, count, to + column);
       });
 }
 
 template <typename T>
 void add_dweight(const Stages<T>& of, const Chunk<T>& chunk) {
   constexpr int64_t WIDTH = kColumns<T>;
-  const Products products{of.J, of.M, of.D, chunk.rows};
-  const Turned<T> left(products, [&](int64_t j, int64_t r) { return chunk.error(of, j, r); });
+  const Products products{of.J, of.M, of.D, std::ssize(chunk.live)};
+  if (!products.depth) {
+    if (chunk.first == 0) std::fill_n(of.dweight, of.J * of.M * of.D, 0.0f);
+    return;
+  }
+  const Turned<T> left(products,
+                       [&](int64_t j, int64_t v) { return chunk.error(of, j, chunk.live[v]); });
   multiply<T>(
       products, [&](int64_t j, int64_t m) { return left.at(j, m); }, left.kStrip,
-      by_columns<T>(
-          [&](int64_t j, int64_t r) { return of.y + (j * of.N + chunk.first + r) * of.D; }),
+      by_columns<T>([&](int64_t j, int64_t v) { return chunk.y(of, j, v); }),
       [&](int64_t j, int64_t m, int64_t column, int64_t count, const float* sums) {
         float* to = of.dweight + (j * of.M + m) * of.D + column;
         alignas(64) float lanes[WIDTH] = {};
@@ -195,8 +225,8 @@ void form_errors(const Stages<T>& all, int64_t chunk_rows) {
   Chunk<T> chunk(all.part(0, stages), limit);
   for (int64_t j = 0; j < all.J; j += stages) {
     const Stages<T> of = all.part(j, std::min(stages, all.J - j));
-    for (chunk.first = 0; chunk.first < of.N; chunk.first += limit) {
-      chunk.rows = std::min(limit, of.N - chunk.first);
+    for (int64_t first = 0; first < of.N; first += limit) {
+      chunk.move(of, first, std::min(limit, of.N - first));
       find_goals(of, chunk);
       find_errors(of, chunk);
       if (of.dy) find_dy(of, chunk);

@@ -12,8 +12,23 @@ from ..cases import Case, Make
 DOOR = "view_aligned_attention"
 
 
+def _lengths(B: int, T: int) -> Tensor:
+    """From all tokens down to half of them; a few end inside a patch."""
+    return torch.tensor([T - b * T // (2 * B) - b % 3 for b in range(B)])
+
+
 def _make(
-    B: int, T: int, J: int, H: int, M: int, D: int, heads: int, p: int, kind: str, causal: bool
+    B: int,
+    T: int,
+    J: int,
+    H: int,
+    M: int,
+    D: int,
+    heads: int,
+    p: int,
+    kind: str,
+    causal: bool,
+    padded: bool,
 ) -> Make:
     def make(device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)
@@ -37,6 +52,9 @@ def _make(
             "patch_size": p,
             "patchify": kind,
             "causal": causal,
+            "attention_mask": (
+                (torch.arange(T) < _lengths(B, T)[:, None]).to(device) if padded else None
+            ),
         }
 
     return make
@@ -54,17 +72,22 @@ def _case(
     p: int,
     kind: str,
     causal: bool = False,
+    padded: bool = False,
 ) -> Case:
-    Q, width = -(-T // p), H * (p if kind == "conv" else 1)
-    rows, weights = B * J * Q, J * D * width + 3 * D * D + J * M * D
+    width, weights = H * (p if kind == "conv" else 1), 3 * D * D + J * M * D
+    weights += J * D * width
+    lengths = _lengths(B, T).tolist() if padded else [T] * B
+    patches = [-(-length // p) for length in lengths]
+    rows = J * sum(patches)
     # half of the scores are seen, more or less
-    scores = B * (J * Q) ** 2 // (2 if causal else 1)
+    scores = sum((J * Q) ** 2 for Q in patches) // (2 if causal else 1)
+    tokens = J * (sum(lengths) * (H + M) + B * T * H)
     return Case(
-        name=f"{name}-{kind}{'-causal' if causal else ''}",
+        name=f"{name}-{kind}{'-causal' if causal else ''}{'-padded' if padded else ''}",
         door=DOOR,
-        make=_make(B, T, J, H, M, D, heads, p, kind, causal),
+        make=_make(B, T, J, H, M, D, heads, p, kind, causal, padded),
         # the student's stages in and out, the teacher's in, weights in and their gradients out
-        bytes_moved=lambda itemsize: itemsize * (B * T * J * (2 * H + M) + 2 * weights),
+        bytes_moved=lambda itemsize: itemsize * (tokens + 2 * weights),
         flops=rows * (6 * D * width + 18 * D * D + 6 * D * M) + 14 * scores * D,
         quick=rows <= 64,
     )
@@ -83,4 +106,5 @@ CASES: tuple[Case, ...] = (
         for kind in ("conv", "pool")
         for sizes in _SIZES
     ),
+    *(_case(*sizes, kind, padded=True) for kind in ("conv", "pool") for sizes in _SIZES[:2]),
 )
