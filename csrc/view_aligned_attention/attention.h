@@ -9,6 +9,7 @@
 
 #include "common/row_blocks.h"
 #include "view_aligned_attention/heads.h"
+#include "view_aligned_attention/paired_attention.h"
 
 #include <optional>
 #include <vector>
@@ -166,6 +167,17 @@ void forward_heads(const Tensor& qkv, const std::optional<Tensor>& valid, int64_
   const int64_t tokens = qkv.size(0) * qkv.size(2), tiles = (tokens + kTile - 1) / kTile;
   const T* source = qkv.const_data_ptr<T>();
   W* stats = lse.mutable_data_ptr<W>();
+#if defined(DF_LEVEL_avx512)
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (const int64_t width = qkv.size(3) / 3 / heads; multiplies_pairs(width))
+      return for_stolen(qkv.size(1) * heads * tiles, [&](const auto& each) {
+        const PairedWork work(width, 5);
+        each([&](int64_t task) {
+          const Head at = head_at(qkv, valid, heads, causal, scale, task / tiles);
+          forward_pairs(at, source, task % tiles * kTile, work, y, stats);
+        });
+      });
+#endif
   for_stolen(qkv.size(1) * heads * tiles, [&](const auto& each) {
     Workspace<W> work(qkv.size(3) / 3 / heads, 4);
     each([&](int64_t task) {
@@ -179,6 +191,17 @@ template <typename T>
 void backward_heads(const Tensor& qkv, const std::optional<Tensor>& valid, int64_t heads,
                     bool causal, double scale, const Gradients<T>& of) {
   using W = wide_t<T>;
+#if defined(DF_LEVEL_avx512)
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (const int64_t width = qkv.size(3) / 3 / heads; multiplies_pairs(width))
+      return for_stolen(qkv.size(1) * heads, [&](const auto& each) {
+        const PairedWork work(width, 9);
+        PairedQueries queries(work, qkv.size(0) * qkv.size(2));
+        each([&](int64_t task) {
+          backward_pairs(head_at(qkv, valid, heads, causal, scale, task), of, work, queries);
+        });
+      });
+#endif
   for_stolen(qkv.size(1) * heads, [&](const auto& each) {
     Workspace<W> work(qkv.size(3) / 3 / heads, 6);
     std::vector<W> dqueries;
