@@ -101,6 +101,11 @@ inline void store_blocks(const Head& at, const Blocks& sums, int64_t first, int6
     }
 }
 
+inline void scale_row(const Blocks& sums, int64_t r, float factor) {
+  for (int64_t p = 0; p < sums.panels; ++p)
+    for (int64_t c = 0; c < kHalf; ++c) sums.row(r, p)[c] *= factor;
+}
+
 // Half a row of scores, scaled and masked; returns its maximum.
 inline float mask_half(float* scores, float scale, const int32_t* keys, int32_t limit) {
   float highest = -std::numeric_limits<float>::infinity();
@@ -134,11 +139,7 @@ inline void soften_row(const Blocks& scores, int64_t r, const Orders& orders, in
   const float fade = exp_fast(maximum - shift);
   sum = sum * fade + total;
   maximum = highest;
-  if (fade == 1) return;
-  for (int64_t p = 0; p < sums.panels; ++p) {
-    float* row = sums.row(r, p);
-    for (int64_t c = 0; c < kHalf; ++c) row[c] *= fade;
-  }
+  if (fade != 1) scale_row(sums, r, fade);
 }
 
 inline void forward_pairs(const Head& at, const BFloat16* qkv, int64_t first,
@@ -170,9 +171,7 @@ inline void forward_pairs(const Head& at, const BFloat16* qkv, int64_t first,
         along, work.tile_panel, false, sums);
   }
   for (int64_t r = 0; r < rows; ++r) {
-    const float share = total[r] == 0 ? 0 : 1 / total[r];
-    for (int64_t p = 0; p < sums.panels; ++p)
-      for (int64_t c = 0; c < kHalf; ++c) sums.row(r, p)[c] *= share;
+    scale_row(sums, r, total[r] == 0 ? 0 : 1 / total[r]);
     lse[at.stat(first + r)] =
         total[r] == 0 ? std::numeric_limits<float>::infinity() : maximum[r] + std::log(total[r]);
   }

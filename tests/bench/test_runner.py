@@ -175,7 +175,7 @@ def test_optional_peers_compute_the_same(peer: str, divergence: str) -> None:
     ("word", "names"),
     [
         ("joined-pat-conv", ["joined-pat-conv"]),
-        ("pat-conv", ["joined-pat-conv", "joined-pat-conv-causal"]),
+        ("pat-conv", ["joined-pat-conv", "joined-pat-conv-causal", "joined-pat-conv-padded"]),
         ("no such case", []),
     ],
 )

@@ -8,7 +8,10 @@ from torch import Tensor
 
 from deepfusion_kernels import view_aligned_attention
 from deepfusion_kernels.bench.timing import peak_extra_bytes
-from deepfusion_kernels.ops.view_aligned_attention.patch_rows.native_impl import is_direct
+from deepfusion_kernels.ops.view_aligned_attention.patch_rows.native_impl import (
+    is_direct,
+    needed_mask,
+)
 from tests.budget import UNIT, assert_within_budget
 from tests.conftest import why_not
 from tests.nn.alignment_spelling import draw, feature_loss
@@ -44,7 +47,7 @@ def _given(name: str, dtype: torch.dtype, **sizes: int) -> dict[str, Any]:
 
 
 def _is_direct(given: dict[str, Any]) -> bool:
-    mask, p = given.get("attention_mask"), given["patch_size"]
+    mask, p = needed_mask(given.get("attention_mask")), given["patch_size"]
     return is_direct(given["student_stages"], given["patch_weight"], mask, p)
 
 

@@ -48,6 +48,7 @@ CASES: tuple[Case, ...] = (
     _case("tiny-causal-masked", 3, 2, 7, 16, 2, causal=True, masked=True),
     _case("one-patch", 1, 1, 1, 8, 1),
     _case("two-tiles", 1, 3, 43, 32, 2, causal=True, masked=True),
+    _case("odd-heads", 2, 2, 9, 10, 2, causal=True, masked=True),
     _case("demo", 8, 4, 16, 128, 4),
     _case("pat", 8, 4, 16, 512, 8),
     _case("headline-causal", 8, 4, 256, 512, 8, causal=True, masked=True),
