@@ -159,7 +159,8 @@ def test_opcheck(backend: str) -> None:
     leaves = [given[name].requires_grad_() for name in LEAVES]
     leaves[0] = leaves[0].detach().reshape(6, 6).requires_grad_()
     offsets = torch.tensor([[0, 4, 8, 10]] * 2, dtype=torch.int32)
-    common = (*leaves, given["target"], offsets, given["target_mask"], None, True, 4)
+    common = (*leaves, given["target"], offsets, given["target_mask"], None)
+    options = (True, 4)
     total, rows = (getattr(torch.ops.deepfusion, f"fused_linear_mse{end}") for end in ("", "_rows"))
-    torch.library.opcheck(total, (*common, True, True, True, backend))
-    torch.library.opcheck(rows, (*common, backend))
+    torch.library.opcheck(total, (*common, True, *options, True, True, True, backend))
+    torch.library.opcheck(rows, (*common, *options, backend))
