@@ -5,6 +5,7 @@
 #include "common/checks.h"
 #include "common/mse_stages.h"
 #include "common/patch_tables.h"
+#include "common/scaled_gradient.h"
 
 namespace {
 
@@ -76,29 +77,17 @@ std::vector<Tensor> linear_mse_loss_cpu(const Tensor& y, const Tensor& weight,
   return {loss, factor, found.dy, found.dweight, found.dbias};
 }
 
-// gradient * g, rounded once.
-template <typename From, typename To>
-Tensor times(const Tensor& gradient, float g, const Tensor& like) {
-  const std::vector<int64_t> sizes{gradient.sizes().begin(), gradient.sizes().end()};
-  const int64_t numel = gradient.numel();
-  KeptGroup memory(KeptGroup::room(numel * int64_t{sizeof(To)}));
-  Tensor out = memory.empty(like, sizes);
-  const From* from = gradient.const_data_ptr<From>();
-  To* to = out.mutable_data_ptr<To>();
-  torch::stable::parallel_for(0, numel, 1 << 14, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) to[i] = from_wide<To>(to_wide(from[i]) * g);
-  });
-  return out;
-}
-
 std::tuple<Tensor, Tensor, Tensor> linear_mse_scaled_cpu(const Tensor& upstream,
                                                          const Tensor& factor, const Tensor& dy,
                                                          const Tensor& dweight, const Tensor& dbias,
                                                          const Tensor& like) {
   const float g = *upstream.const_data_ptr<float>() * *factor.const_data_ptr<float>();
   const auto call = [&]<typename T>(T) -> std::tuple<Tensor, Tensor, Tensor> {
-    return {times<T, T>(dy, g, like), times<float, T>(dweight, g, like),
-            times<float, T>(dbias, g, like)};
+    KeptGroup of_y(KeptGroup::room(dy.numel() * int64_t{sizeof(T)})),
+        of_head(KeptGroup::room(dweight.numel() * int64_t{sizeof(T)}) +
+                KeptGroup::room(dbias.numel() * int64_t{sizeof(T)}));
+    return {scaled<T, T>(dy, g, like, of_y), scaled<float, T>(dweight, g, like, of_head),
+            scaled<float, T>(dbias, g, like, of_head)};
   };
   return like.scalar_type() == ScalarType::Float ? call(float()) : call(BFloat16());
 }

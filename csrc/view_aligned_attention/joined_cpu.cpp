@@ -5,6 +5,7 @@
 //   dc_j = sum_bi dX    dpos_i = sum_jb dX  the rest: qkv_products.h, patch_products.h
 #include "common/checks.h"
 #include "common/mse_stages.h"
+#include "common/scaled_gradient.h"
 #include "view_aligned_attention/attention.h"
 #include "view_aligned_attention/loss_rows.h"
 #include "view_aligned_attention/patch_products.h"
@@ -36,19 +37,6 @@ Tensor head_gradient(const Tensor& errors, const Tensor& y, float g, KeptGroup& 
         for (int64_t i = 0; i < kColumns<T>; ++i) lanes[i] = sums[i] * g;
         put_lanes<T>(lanes, count, streams, to + (j * M + m) * D + column);
       });
-  return out;
-}
-
-// gradient * g, rounded once; the gradients of the heads were formed with the loss.
-template <typename T>
-Tensor scaled(const Tensor& gradient, float g, const Tensor& like, KeptGroup& memory) {
-  const int64_t numel = gradient.numel();
-  Tensor out = memory.empty(like, {gradient.sizes().begin(), gradient.sizes().end()});
-  const float* from = gradient.const_data_ptr<float>();
-  T* to = out.mutable_data_ptr<T>();
-  torch::stable::parallel_for(0, numel, 1 << 14, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) to[i] = from_wide<T>(from[i] * g);
-  });
   return out;
 }
 
@@ -177,8 +165,8 @@ std::vector<Tensor> joined_backward_cpu(const Tensor& upstream, std::vector<Tens
     results.push_back(needs_bias ? summed(S, B * Q, of_stage) : nothing);
     results.push_back(dqkv_weight);
     results.push_back(y.numel() ? head_gradient<T>(dhead, y, g, memory)
-                                : scaled<T>(dhead, g, weight, memory));
-    results.push_back(scaled<T>(dhead_bias, g, weight, memory));
+                                : scaled<float, T>(dhead, g, weight, memory));
+    results.push_back(scaled<float, T>(dhead_bias, g, weight, memory));
     const auto of_patch = [&](int64_t i, int64_t n) { return n * Q + i; };
     results.push_back(needs_position ? summed(Q, S * B, of_patch) : nothing);
   });

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.budget import UNIT
+from deepfusion_kernels import view_aligned_attention
+from tests.budget import UNIT, assert_within_budget
 from tests.nn.alignment_spelling import feature_loss
 from tests.nn.alignment_variants import cast, run
 
@@ -62,3 +63,20 @@ def rounding_floors(given: dict[str, Any], dtype: torch.dtype) -> list[Tensor]:
         for i, (one, other) in enumerate(zip(moved, law, strict=True)):
             floors[i] = floors[i] + (one - other).abs().max()
     return floors
+
+
+def assert_joined_within_budget(given: dict[str, Any], backend: str) -> None:
+    """The joined loss and all its gradients; half precision by the count of its stores."""
+    dtype = given["qkv_weight"].dtype
+    ours, ours_grads = run(view_aligned_attention, given, backend=backend)
+    eager, eager_grads = run(feature_loss, given)
+    truth, truth_grads = run(
+        view_aligned_attention, cast(given, torch.float64), backend="reference"
+    )
+    units = {torch.float64: 1e-12, torch.float32: 4e-6}.get(dtype, UNIT[dtype])
+    assert_within_budget(ours, eager, truth, "loss", units * truth.abs())
+    half = dtype in (torch.bfloat16, torch.float16)
+    floors = rounding_floors(given, dtype) if half else [None] * len(truth_grads)
+    triples = zip(ours_grads, eager_grads, truth_grads, floors, strict=True)
+    for i, (mine, plain, law, floor) in enumerate(triples):
+        assert_within_budget(mine, plain, law, f"gradient {i}", floor)

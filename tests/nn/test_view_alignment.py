@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from deepfusion_kernels import view_aligned_attention
-from tests.budget import UNIT, assert_within_budget
+from tests.budget import assert_within_budget
 from tests.nn.alignment_spelling import draw, feature_loss
-from tests.nn.alignment_stores import rounding_floors
+from tests.nn.alignment_stores import assert_joined_within_budget
 from tests.nn.alignment_variants import (
     EMBEDDINGS,
     PARAMETERS,
@@ -58,20 +58,8 @@ DRAWS = [
 @pytest.mark.parametrize(("dtype", "seed"), DRAWS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_within_budget(variant, dtype, seed, backend, poisoned_memory) -> None:
-    half = dtype in (torch.bfloat16, torch.float16)
     torch.manual_seed(seed)
-    given = embed(arguments(variant, dtype))
-    ours, ours_grads = run(view_aligned_attention, given, backend=backend)
-    eager, eager_grads = run(feature_loss, given)
-    truth, truth_grads = run(
-        view_aligned_attention, cast(given, torch.float64), backend="reference"
-    )
-    units = {torch.float64: 1e-12, torch.float32: 4e-6}.get(dtype, UNIT[dtype])
-    assert_within_budget(ours, eager, truth, "loss", units * truth.abs())
-    floors = rounding_floors(given, dtype) if half else [None] * len(truth_grads)
-    triples = zip(ours_grads, eager_grads, truth_grads, floors, strict=True)
-    for i, (mine, plain, law, floor) in enumerate(triples):
-        assert_within_budget(mine, plain, law, f"gradient {i}", floor)
+    assert_joined_within_budget(embed(arguments(variant, dtype)), backend)
 
 
 @pytest.mark.parametrize("T", [1, 7, 8, 9, 128])

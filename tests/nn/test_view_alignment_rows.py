@@ -10,11 +10,10 @@ from torch import Tensor
 
 from deepfusion_kernels import view_aligned_attention
 from deepfusion_kernels.bench.timing import peak_extra_bytes
-from tests.budget import UNIT, assert_within_budget
 from tests.conftest import why_not
-from tests.nn.alignment_spelling import draw, feature_loss
-from tests.nn.alignment_stores import rounding_floors
-from tests.nn.alignment_variants import PARAMETERS, cast, leaves, run
+from tests.nn.alignment_spelling import draw
+from tests.nn.alignment_stores import assert_joined_within_budget
+from tests.nn.alignment_variants import PARAMETERS, leaves, run
 from tests.onlooker import Onlooker
 
 pytestmark = pytest.mark.skipif(why_not("cpu") is not None, reason=str(why_not("cpu")))
@@ -42,19 +41,7 @@ def kept_bytes() -> Iterator[list[int]]:
 @pytest.mark.parametrize("patchify", ["conv", "pool"])
 @pytest.mark.parametrize("sizes", [FEW, LONG], ids=["few", "long"])
 def test_rows_within_budget(sizes, patchify, dtype, poisoned_memory) -> None:
-    given = draw(dtype, patchify=patchify, **sizes)
-    ours, ours_grads = run(view_aligned_attention, given, backend="cpu")
-    eager, eager_grads = run(feature_loss, given)
-    truth, truth_grads = run(
-        view_aligned_attention, cast(given, torch.float64), backend="reference"
-    )
-    units = 4e-6 if dtype == torch.float32 else UNIT[dtype]
-    assert_within_budget(ours, eager, truth, "loss", units * truth.abs())
-    none = [None] * len(truth_grads)
-    floors = none if dtype == torch.float32 else rounding_floors(given, dtype)
-    for i, mine in enumerate(ours_grads):
-        law = truth_grads[i]
-        assert_within_budget(mine, eager_grads[i], law, f"gradient {i}", floors[i])
+    assert_joined_within_budget(draw(dtype, patchify=patchify, **sizes), "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
