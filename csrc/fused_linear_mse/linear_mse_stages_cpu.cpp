@@ -27,9 +27,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_mse_stages_cpu(
     int64_t chunk_rows, bool needs_y, bool needs_weight, bool needs_bias) {
   for (const Tensor& target : targets) check_dense_rows(target, kOp, "target");
   const StageErrors found =
-      stage_errors(y, weight, bias,
-                   {targets, offsets, mask ? mask->const_data_ptr<bool>() : nullptr, target_norm},
-                   scale, {needs_y, needs_weight, needs_bias, false}, chunk_rows);
+      stage_errors(y, weight, bias, {targets, offsets, mask_of(mask), target_norm}, scale,
+                   {needs_y, needs_weight, needs_bias, false}, chunk_rows);
   return {found.sse, found.dy, found.dweight, found.dbias};
 }
 

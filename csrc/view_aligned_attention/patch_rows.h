@@ -5,7 +5,7 @@
 #include "common/checks.h"
 #include "common/pack.h"
 #include "common/panels.h"
-#include "common/patches.h"
+#include "common/patch_tables.h"
 #include "common/row_blocks.h"
 
 #include <algorithm>
@@ -155,7 +155,7 @@ inline Cut cut_of(const std::vector<Tensor>& stages, const Tensor& offsets,
                   const std::optional<Tensor>& mask, int64_t patch_size) {
   for (const Tensor& stage : stages)
     check_dense_rows(stage, "view_aligned_attention", "student_stages");
-  return {stages, offsets, mask ? mask->const_data_ptr<bool>() : nullptr, patch_size};
+  return {stages, offsets, mask_of(mask), patch_size};
 }
 
 // Whether few enough rows of a conv are broken to be mended: two a sample, as padding at either end

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..ops.shared import patches
+from ..ops.shared.gradients import where_wanted
 from ..ops.shared.watched import is_watched
 from ..ops.view_aligned_attention.joined.steps import at_once
 from .alignment_steps import gradients, loss_and_kept
@@ -149,10 +150,7 @@ def _wanted(
     )  # fmt: skip
     # the embedding of a stage is added where its bias is
     parameters = (dpatch, dbias, dqkv, dhead, dhead_bias, dposition, dbias)
-    return (
-        [g if want else None for g, want in zip(dstages, wants_stages, strict=True)],
-        [g if want else None for g, want in zip(parameters, wants, strict=True)],
-    )
+    return where_wanted(dstages, wants_stages), where_wanted(parameters, wants)
 
 
 aligned_loss.register_autograd(_backward, setup_context=_keep)

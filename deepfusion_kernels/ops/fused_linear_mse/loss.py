@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..shared import patches
-from ..shared.gradients import scaled
+from ..shared.gradients import scaled, where_wanted
 from ..shared.watched import is_watched
 from . import native_impl
 from .arguments import OP
@@ -81,13 +81,15 @@ def scaled_gradients(
     return scaled(dfeatures, g, dtype), scaled(dweight, g, dtype), scaled(dbias, g, dtype)
 
 
-_loss = torch.library.custom_op("deepfusion::fused_linear_mse", loss_and_gradients, mutates_args=())
+weighted_loss = torch.library.custom_op(
+    "deepfusion::fused_linear_mse", loss_and_gradients, mutates_args=()
+)
 _scaled = torch.library.custom_op(
     "deepfusion::fused_linear_mse_backward", scaled_gradients, mutates_args=()
 )
 
 
-@_loss.register_fake
+@weighted_loss.register_fake
 def _(
     features_ND: Tensor,
     weight: Tensor,
@@ -143,12 +145,10 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | Non
     if upstream is None:
         return (None,) * 14
     gradients = _scaled(upstream, *ctx.saved_tensors, ctx.backend)
-    wanted = ctx.needs_input_grad[:3]
-    kept = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
-    return (*kept, *(None,) * 11)
+    return (*where_wanted(gradients, ctx.needs_input_grad[:3]), *(None,) * 11)
 
 
-_loss.register_autograd(_backward, setup_context=_keep)
+weighted_loss.register_autograd(_backward, setup_context=_keep)
 
 
 class _Plain(torch.autograd.Function):
@@ -165,16 +165,7 @@ class _Plain(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         given: tuple[Any, ...] = (upstream, *ctx.saved_tensors, ctx.backend)
-        gradients = scaled_gradients(*given)
-        wanted = ctx.needs_input_grad[1:4]
-        kept = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
-        return (None, *kept)
-
-
-def weighted_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`loss_and_gradients` through the opaque op, for callers inside an autograd formula."""
-    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _loss(*arguments)
-    return found
+        return (None, *where_wanted(scaled_gradients(*given), ctx.needs_input_grad[1:4]))
 
 
 def loss_of_rows(
@@ -183,7 +174,7 @@ def loss_of_rows(
     """The loss of `loss_and_gradients`: through the opaque op wherever somebody looks on."""
     loss: Tensor
     if is_watched((features_ND, weight, bias, target_BLM)):
-        loss = _loss(features_ND, weight, bias, target_BLM, *rest)[0]
+        loss = weighted_loss(features_ND, weight, bias, target_BLM, *rest)[0]
     else:
         loss = _Plain.apply((target_BLM, *rest), features_ND, weight, bias)  # type: ignore[no-untyped-call]
     return loss

@@ -16,6 +16,7 @@ from ... import backends
 from ...checks import expect, expect_that
 from ..shared import patches
 from ..shared.gemm import product
+from ..shared.gradients import where_wanted
 from ..shared.watched import is_watched
 from . import native_cuda, native_impl, reference, triton_impl
 
@@ -235,8 +236,7 @@ def _backward(ctx: Any, dy_SBQD: Tensor | None, *_: None) -> tuple[Tensor | None
     *options, backend = ctx.options
     wanted = ctx.needs_input_grad[:3]
     gradients = _attention_backward(dy_SBQD, *ctx.saved_tensors, *options, *wanted, backend)
-    kept = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
-    return (*kept, *(None,) * 5)
+    return (*where_wanted(gradients, wanted), *(None,) * 5)
 
 
 _attention.register_autograd(_backward, setup_context=_keep)
@@ -259,7 +259,4 @@ class _Plain(torch.autograd.Function):
         *options, backend = ctx.options
         wanted = ctx.needs_input_grad[1:4]
         given: tuple[Any, ...] = (dy_SBQD, *ctx.saved_tensors, *options, *wanted, backend)
-        kept = [
-            g if want else None for g, want in zip(attention_gradients(*given), wanted, strict=True)
-        ]
-        return (None, *kept, None)
+        return (None, *where_wanted(attention_gradients(*given), wanted), None)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..shared import patches
+from ..shared.gradients import where_wanted
 from .op import IMPLS
 
 
@@ -125,7 +126,7 @@ def _backward(ctx: Any, dx_SBQD: Tensor) -> tuple[Any, ...]:
         wants_bias or wants_stage, wants_patch, backend,
     )  # fmt: skip
     return (
-        [g if want else None for g, want in zip(dstages, wants_stages, strict=True)],
+        where_wanted(dstages, wants_stages),
         dweight if wants_weight else None,
         dbias if wants_bias else None,
         None,
